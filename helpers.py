@@ -1,0 +1,2344 @@
+"""Distil a ResNet-18 into a student of at most 60,000 parameters on Food-11: all code of hw13_distill.ipynb.
+
+Sections, in the notebook's order:
+
+0  Setup        errors, configuration, stages, device, progress display, safe files
+1  Data         find_data, load_data, the decoded cache, the course's FoodDataset, the drawn demo set
+2  Loader       sample_affine, warp, BatchLoader
+3  Students     dwpw_conv, build_student, get_student_model, check_budget, layer_table
+4  Teacher      load_teacher, state_checksum, soft_labels
+5  Losses       loss_fn_kd, alignment, DistillLoss, check_loss_fn_kd
+6  Training     fit and its parts, run_stage, run, train_teacher
+7  Submission   predict, write_submission, validate_submission
+8  Pictures     functions that take data and return a matplotlib Figure
+9  Command line python helpers.py run | evaluate | predict | validate | export
+"""
+
+import argparse
+import ast
+import contextlib
+import csv
+import dataclasses
+import datetime
+import functools
+import hashlib
+import inspect
+import io
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter, OrderedDict, namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageDraw, ImageFile, ImageOps
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Dataset  # noqa: F401  (the notebook uses h.DataLoader)
+from torchvision import transforms
+from tqdm import tqdm
+
+# =====================================================================================================================
+# 0  Setup
+# =====================================================================================================================
+
+CLASS_NAMES = ("Bread", "Dairy product", "Dessert", "Egg", "Fried food", "Meat", "Noodles/Pasta", "Rice", "Seafood",
+               "Soup", "Vegetable/Fruit")
+NUM_CLASSES = len(CLASS_NAMES)
+PARAM_LIMIT = 60_000
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+HOMEWORK_COUNTS = {"training": 9993, "validation": 4432, "evaluation": 2218}
+# What the re-built solution scored on Kaggle, and the homework's four baselines.
+PUBLISHED_SCORES = {"simple": 0.45807, "medium": 0.75202, "boss": 0.82687}
+BASELINES = {"Simple": 0.46528, "Medium": 0.69161, "Strong": 0.78629, "Boss": 0.82146}
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend. The message is one sentence; the command line prints it and exits with 2."""
+
+
+def _key(default, help, low=None, high=None, choices=None):
+    """One Config key: its default, what it means, and which values are allowed."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of one stage, as plain values. The keys that the course has keep the course's names and values.
+
+    A wrong value raises UserError naming key, value and what is allowed; an unknown key is a TypeError.
+    `get_config` returns a stage's Config, `STAGES` lists them.
+    """
+
+    exp_name: str = _key("simple", "name of the stage and of its folder")
+    seed: int = _key(20220013, "all randomness is a function of (seed, epoch)", 0, 2**31 - 1)
+    image_size: int = _key(224, "pixels a side that the networks see", 40, 512)
+    # The student. The sample net has no settings; widths, depths and strides are one entry a layer of the others.
+    student: str = _key("sample", "which builder in STUDENTS (or TEACHERS, for train_teacher)",
+                         choices=("sample", "dwpw", "resnet18", "resnet34", "resnet50"))
+    stem_width: int = _key(48, "channels after the 7x7 stem", 1, 1024)
+    widths: tuple = _key((64, 128, 256), "channels of layer1, layer2, ...", 1, 4096)
+    depths: tuple = _key((1, 1, 1), "dwpw_conv blocks in each layer", 1, 64)
+    strides: tuple = _key((1, 2, 2), "stride of each layer's first block", 1, 4)
+    kernel_size: int = _key(3, "depthwise kernel", 1, 15)
+    # The training view. An empty crop_scale is the course's sample transform: the exact evaluation crop, and flips.
+    crop_scale: tuple = _key((), "area of RandomResizedCrop, (low, high), or () for the centre crop", 0.01, 1.0)
+    crop_ratio: tuple = _key((3 / 4, 4 / 3), "width / height of RandomResizedCrop, (low, high)", 0.1, 10.0)
+    hflip: float = _key(0.5, "probability of a horizontal flip", 0.0, 1.0)
+    vflip: float = _key(0.0, "probability of a vertical flip", 0.0, 1.0)
+    rotation: float = _key(0.0, "RandomRotation: degrees either way", 0.0, 180.0)
+    affine: float = _key(0.0, "RandomAffine: degrees either way", 0.0, 180.0)
+    # The loss.
+    loss_fn_type: str = _key("CE", "CE: labels alone; KD: with a teacher", choices=("CE", "KD"))
+    alpha: float = _key(0.5, "share of the soft loss in loss_fn_kd", 0.0, 1.0)
+    temperature: float = _key(20.0, "softens both distributions", 0.01, 1000.0)
+    align_weights: tuple = _key((), "smooth-L1 weight of layer1, layer2, ... against the teacher's", 0.0, 1000.0)
+    loss_schedule: str = _key("constant", "how the loss weights move with the epoch", choices=("constant", "handover"))
+    teacher_views: int = _key(0, "store the teacher's logits for this many replayed epochs (0: never)", 0, 100_000)
+    # The optimisation.
+    optimizer: str = _key("adam", "which of OPTIMIZERS", choices=("adam", "adamw", "sgd"))
+    lr: float = _key(3e-4, "learning rate (its peak, where it moves)", 0.0, 100.0)
+    lr_schedule: str = _key("constant", "constant, or cosine down to zero", choices=("constant", "cosine"))
+    warmup_epochs: float = _key(0.0, "epochs of linear warm-up", 0.0, 10_000.0)
+    weight_decay: float = _key(1e-5, "L2 penalty (decoupled for adamw)", 0.0, 10.0)
+    grad_norm_max: float = _key(10.0, "gradients are clipped to this norm", 1e-6, 1e9)
+    ema_decay: float = _key(0.0, "average of the weights, a step (0: none)", 0.0, 0.99999)
+    batch_size: int = _key(64, "images a step", 2, 65_536)
+    n_epochs: int = _key(10, "passes over the training images", 1, 100_000)
+    patience: int = _key(300, "stop after so many epochs without a better validation accuracy", 1, 100_000)
+    amp: str = _key("auto", "precision of the networks in training", choices=("auto", "off", "bf16", "fp16"))
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            object.__setattr__(self, f.name, _checked(f, getattr(self, f.name)))
+        n_layers = len(self.widths)
+        for key, right, allowed in (
+            ("exp_name", re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", self.exp_name), "letters, digits, '_', '-'"),
+            ("crop_scale", len(self.crop_scale) in (0, 2) and self._rises("crop_scale"), "() or (low, high)"),
+            ("crop_ratio", len(self.crop_ratio) == 2 and self._rises("crop_ratio"), "(low, high)"),
+            ("kernel_size", self.kernel_size % 2, "an odd number"),
+            ("depths", n_layers == len(self.depths) == len(self.strides) > 0, "as many entries as widths and strides"),
+            ("align_weights", len(self.align_weights) <= min(4, n_layers), "a weight for each layer, 4 at most"),
+            ("align_weights", not self.align_weights or (self.loss_fn_type, self.student) == ("KD", "dwpw"),
+             "() unless loss_fn_type=KD and student=dwpw"),
+            ("teacher_views", not (self.teacher_views and any(self.align_weights)),
+             "0 with align_weights, because the teacher's feature maps are too large to store"),
+            ("crop_scale", self.crop_scale or not (self.rotation or self.affine or self.vflip),
+             "(low, high) with rotation, affine or vflip, for the centre crop has horizontal flips alone"),
+        ):
+            if not right:
+                raise UserError(f"{key}={getattr(self, key)!r}: allowed is {allowed}")
+
+    def _rises(self, key):
+        return list(getattr(self, key)) == sorted(getattr(self, key))
+
+    @property
+    def needs_teacher(self):
+        """Whether any term of the loss asks for a teacher (alpha 0 without alignment does not)."""
+        return self.loss_fn_type == "KD" and (
+            self.alpha > 0 or any(self.align_weights) or self.loss_schedule == "handover")
+
+
+def _checked(f, value):
+    """The value of Config field `f` in the type of its default, or UserError."""
+    kind, low, high, choices = type(f.default), f.metadata["low"], f.metadata["high"], f.metadata["choices"]
+    whole = kind is int or (kind is tuple and isinstance(next(iter(f.default), None), int))
+
+    def usable(v):
+        return isinstance(v, int if whole else (int, float)) and not isinstance(v, bool) and low <= v <= high
+
+    if kind is str and isinstance(value, str) and (not choices or value in choices):
+        return value
+    if kind is tuple and isinstance(value, (tuple, list)) and all(map(usable, value)):
+        return tuple(map(int if whole else float, value))
+    if kind in (int, float) and usable(value):
+        return kind(value)
+    numbers = f"{'a list of ' * (kind is tuple)}{'whole ' * whole}numbers from {low} to {high}"
+    allowed = f"one of {', '.join(choices)}" if choices else "text" if kind is str else numbers
+    raise UserError(f"{f.name}={value!r}: allowed is {allowed}")
+
+
+def parse_setting(text):
+    """("key", value) from the command line's KEY=VALUE; lists are written 64,128,256 and () is the empty one.
+
+    Raises UserError for a text without '=', an unknown key, or a value that is not of the key's type.
+    """
+    key, sign, value = (part.strip() for part in text.partition("="))
+    fields = {f.name: f for f in dataclasses.fields(Config)}
+    if not sign or key not in fields:
+        raise UserError(f"--set {text}: write KEY=VALUE, for example n_epochs=2; the keys are {', '.join(fields)}")
+    kind = type(fields[key].default)
+    if kind is not str:
+        with contextlib.suppress(ValueError, SyntaxError):  # what is no number stays text, and is refused below
+            value = ast.literal_eval(value)
+        value = (value,) if kind is tuple and not isinstance(value, tuple) else value
+    return key, _checked(fields[key], value)
+
+
+# The published stages. Their values are kept where they are known to be poor, because each one teaches a step.
+_SIMPLE = Config()
+_MEDIUM = dataclasses.replace(_SIMPLE, exp_name="medium", loss_fn_type="KD", n_epochs=700)
+_STRONG = dataclasses.replace(
+    _MEDIUM, exp_name="strong", student="dwpw", crop_scale=(0.7, 1.0), vflip=0.5, rotation=180.0, affine=30.0,
+    temperature=4.0, alpha=0.9, batch_size=128, lr=1e-3, lr_schedule="cosine", warmup_epochs=2.0, n_epochs=300)
+_BOSS = dataclasses.replace(
+    _STRONG, exp_name="boss", temperature=20.0, alpha=0.5, lr_schedule="constant", warmup_epochs=0.0,
+    align_weights=(3.0, 2.0, 1.0), loss_schedule="handover", n_epochs=600, patience=60)
+STAGES = {cfg.exp_name: cfg for cfg in (_SIMPLE, _MEDIUM, _STRONG, _BOSS)}
+
+# LENGTH -> (share of a stage's epochs, but at least so many).
+LENGTHS = {"full": (1.0, 1), "lesson": (0.1, 10), "quick": (0.01, 4), "fast": (0.0, 1)}
+# Two cores train on the drawn demo set in minutes with these; a step counts more than an epoch there.
+DEMO_SETTINGS = {"image_size": 64, "batch_size": 32, "lr": 2e-3, "patience": 100}
+DEMO_EPOCHS = 10
+
+
+def get_config(stage, length="full", demo=False, **overrides):
+    """The Config of a stage, for example get_config("boss", n_epochs=5).
+
+    length: "full", "lesson", "quick" or "fast" scales the epochs; HW13_FAST=1 in the environment means "fast".
+    demo: use the small settings for the drawn demo set. Overrides win over both; an unknown one is a TypeError.
+    """
+    if stage not in STAGES:
+        raise UserError(f"unknown stage {stage!r}; the stages are {', '.join(STAGES)}")
+    length = "fast" if is_fast() else length
+    if length not in LENGTHS:
+        raise UserError(f"LENGTH={length!r}: allowed is one of {', '.join(LENGTHS)}")
+    cfg = STAGES[stage]
+    share, at_least = LENGTHS[length]
+    n_epochs = min(cfg.n_epochs, max(at_least, round(share * cfg.n_epochs)))
+    settings = {"n_epochs": n_epochs}
+    if demo:
+        settings |= DEMO_SETTINGS | {"n_epochs": min(n_epochs, DEMO_EPOCHS)}
+    return dataclasses.replace(cfg, **(settings | overrides))
+
+
+def diff_configs(a, b):
+    """Print the settings in which Config `b` differs from Config `a`, a line each."""
+    before, after = dataclasses.asdict(a), dataclasses.asdict(b)
+    changed = [key for key in before if before[key] != after[key]]
+    for key in changed:
+        print(f"{key:<14} {before[key]!s:>18}  ->  {after[key]!s}")
+    if not changed:
+        print("no difference")
+
+
+def is_fast():
+    """True under HW13_FAST=1, the shortest run, for tests."""
+    return os.environ.get("HW13_FAST", "") not in ("", "0")
+
+
+def kaggle_root():
+    """/kaggle, or the folder that HW13_KAGGLE names in its place."""
+    return Path(os.environ.get("HW13_KAGGLE") or "/kaggle")
+
+
+def on_kaggle():
+    """Whether this is a Kaggle session (the working folder is there)."""
+    return (kaggle_root() / "working").is_dir()
+
+
+def default_out():
+    """Where results go: /kaggle/working on Kaggle, submission/ elsewhere."""
+    return kaggle_root() / "working" if on_kaggle() else Path("submission")
+
+
+def show_source(function):
+    """A function's source, as it runs, coloured in a notebook and plain text elsewhere."""
+    source = inspect.getsource(function)
+    if not in_notebook():
+        return source
+    from IPython.display import Markdown
+    return Markdown(f"```python\n{source}```")
+
+
+def in_notebook():
+    """Whether the code runs in a Jupyter kernel."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return type(shell).__name__ == "ZMQInteractiveShell"
+
+
+class _CellDisplay(io.TextIOBase):
+    """A file for tqdm that redraws one line below a notebook cell, so that only its last state is kept."""
+
+    encoding = "utf-8"
+
+    def __init__(self):
+        self.handle = None
+
+    def write(self, text):
+        text = text.strip("\r\n ")
+        if text:
+            from IPython.display import display
+            bundle = {"text/plain": text}
+            if self.handle is None:
+                self.handle = display(bundle, raw=True, display_id=True)
+            else:
+                self.handle.update(bundle, raw=True)
+        return len(text)
+
+
+def progress_bar(total, desc, unit="img"):
+    """One tqdm bar with an ETA: in a notebook a line that redraws itself, on a terminal on stderr, silent off rank 0.
+
+    It is plain tqdm on purpose: tqdm.auto's widgets and worker processes that fork in a notebook do not get on, and
+    widgets are lost when the notebook is rendered.
+    """
+    disable = rank_and_world()[0] != 0
+    if in_notebook():
+        return tqdm(total=total, desc=desc, unit=unit, file=_CellDisplay(), ncols=120, mininterval=0.5, disable=disable)
+    return tqdm(total=total, desc=desc, unit=unit, file=sys.stderr, dynamic_ncols=True, disable=disable,
+                mininterval=0.5 if sys.stderr.isatty() else 30.0)
+
+
+def rank_and_world():
+    """(rank, number of processes) of this process; (0, 1) where torch.distributed is not in use."""
+    dist = torch.distributed
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def say(text):
+    """Print a line, from the first process only."""
+    if rank_and_world()[0] == 0:
+        print(text, flush=True)
+
+
+def pick_device():
+    """The torch.device to train on: this process's GPU if a real kernel runs on it, else the CPU.
+
+    Raises UserError where the GPU is too old for the installed torch (Kaggle's P100, for example).
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    try:
+        torch.ones(1, device=device).add_(1).item()
+    except RuntimeError as error:
+        name = torch.cuda.get_device_name(device)
+        raise UserError(f"the GPU {name} cannot run torch {torch.__version__} ({str(error).splitlines()[0]}); choose "
+                        "another accelerator (on Kaggle: Settings > Accelerator > GPU T4 x2)") from None
+    torch.cuda.set_device(device)
+    return device
+
+
+def amp_dtype(device, amp="auto"):
+    """torch.bfloat16, torch.float16 or None (full precision) for training on `device`.
+
+    auto: bf16 from CUDA capability 8.0 on and on CPUs that have it in hardware, fp16 on older GPUs. The capability
+    is asked, for torch.cuda.is_bf16_supported() is True on a T4, which emulates it slowly.
+    """
+    if amp != "auto":
+        return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else None
+
+
+@contextlib.contextmanager
+def written_whole(path):
+    """A temporary path beside `path`: renamed over it, flushed to disk, if the block ends well; else removed."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror or error}); what was saved before is intact; "
+                        "free some space or choose another folder") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def write_text(path, text):
+    """Write a text file whole or not at all."""
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def save_checkpoint(obj, path):
+    """torch.save, whole or not at all."""
+    with written_whole(path) as temporary:
+        torch.save(obj, temporary)
+
+
+def load_file(path):
+    """torch.load with weights_only=True on the CPU: a file that would run code is refused.
+
+    Raises UserError for a missing, damaged or unsafe file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds: pickle, zip, runtime, EOF
+        unsafe = "Unsupported" in str(error) or "weights_only" in str(error)
+        why = "it holds more than tensors and plain values" if unsafe else "it is damaged or no torch file"
+        raise UserError(f"{path} is not loaded: {why}") from None
+
+
+def fingerprint(*parts):
+    """A short hash of JSON-able values, for cache keys and for the question whether two runs are the same."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:20]
+
+
+# =====================================================================================================================
+# 1  Data
+# =====================================================================================================================
+
+SPLITS = ("training", "validation", "evaluation")
+TEACHER_FILE = "resnet18_teacher.ckpt"
+COMPETITION = "ml2023spring-hw13"
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
+CACHE_VERSION = 1
+MAX_BAD_SHARE = 0.05
+NEUTRAL_GREY = 124
+
+
+@dataclass(frozen=True)
+class FoodData:
+    """The files of a data folder. Lists are parallel and sorted by file name; labels are -1 where unknown."""
+
+    root: Path
+    origin: str  # what the pictures are, in words; every figure and table carries it
+    files: dict  # split -> [Path]
+    labels: dict  # split -> [int]
+    ids: dict  # split -> [str]
+    ignored: tuple  # stray files, names without a label, empty files
+    teacher: Path | None
+    class_folders: bool
+
+    @property
+    def is_demo(self):
+        return self.origin.startswith("demo")
+
+    @property
+    def is_homework(self):
+        """Whether it has the homework's layout and counts, so that published scores may stand beside its own."""
+        return not self.class_folders and {s: len(f) for s, f in self.files.items()} == HOMEWORK_COUNTS
+
+    def counts(self):
+        """A DataFrame of the number of images by class and split; evaluation images of unknown class are one row."""
+        table = {s: Counter(CLASS_NAMES[k] if k >= 0 else "(unknown)" for k in self.labels[s]) for s in SPLITS}
+        frame = pd.DataFrame(table).reindex([*CLASS_NAMES, "(unknown)"]).fillna(0).astype(int)
+        frame.loc["all"] = frame.sum()
+        return frame[frame.sum(axis=1) > 0]
+
+    def describe(self):
+        """One paragraph: where, what, how many, what was ignored, whether there is a teacher."""
+        counts = ", ".join(f"{s} {len(self.files[s])}" for s in SPLITS)
+        loud = "*** DEMO: drawn shapes, not photographs. No number below says anything about Food-11. ***\n"
+        text = f"{loud * self.is_demo}{self.origin} in {self.root}: {counts}."
+        if self.ignored:
+            names = ", ".join(sorted({p.name for p in self.ignored})[:4])
+            text += f" Ignored {len(self.ignored)} stray, empty or unlabelled files ({names}, ...)."
+        return text + f" Teacher: {self.teacher or 'no file ' + TEACHER_FILE}."
+
+
+def find_data(root=None):
+    """The FoodData to work on, or None where there is none.
+
+    Looks, in this order, at: `root`; the variable HW13_DATA; every folder under /kaggle/input that holds the three
+    splits (the competition's own before a public copy); ./Food-11; ./data/Food-11. Raises UserError where a named
+    folder is not usable, and on Kaggle where no input is attached.
+    """
+    named = root or os.environ.get("HW13_DATA")
+    if named:
+        return read_folder(_splits_folder(Path(named)))
+    mounts = _kaggle_mounts()
+    if mounts:
+        return read_folder(mounts[0])
+    if on_kaggle():
+        raise UserError(f"no Food-11 folder under {kaggle_root() / 'input'}: press 'Add Input', search for the "
+                        f"competition '{COMPETITION}' (or a public copy of Food-11), attach it and run again")
+    for folder in (Path("Food-11"), Path("data/Food-11")):
+        if folder.is_dir():
+            return read_folder(folder)
+    return None
+
+
+def _splits_folder(folder):
+    """`folder` itself, or the Food-11 folder in it."""
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}")
+    inner = folder / "Food-11"
+    return inner if inner.is_dir() and not (folder / "training").is_dir() else folder
+
+
+def _kaggle_mounts():
+    """Folders under /kaggle/input that hold training/ and validation/, the competition's first."""
+    found = []
+    for folder, names, _ in os.walk(kaggle_root() / "input"):
+        if {"training", "validation"} <= set(names):
+            found.append(Path(folder))
+        names[:] = sorted(n for n in names if n not in SPLITS and not n.startswith("."))
+
+    def rank(folder):
+        return COMPETITION not in folder.parts, str(folder)
+
+    return sorted(found, key=rank)
+
+
+def read_folder(root):
+    """The FoodData in `root` (training/, validation/, evaluation/). See the README for the two layouts.
+
+    Raises UserError for a missing or empty split, a stray or missing class folder, a label out of range, or two
+    evaluation files with one id.
+    """
+    root, ignored, splits = Path(root), [], {}
+    for split in SPLITS:
+        if not (root / split).is_dir():
+            raise UserError(f"{root} has no folder '{split}'; wanted are {', '.join(SPLITS)}")
+        splits[split] = _read_split(root / split, split == "evaluation", ignored)
+        if not splits[split][0]:
+            raise UserError(f"{root / split} holds no usable image (.jpg, .jpeg or .png)")
+    files, labels, ids = ({split: rows[i] for split, rows in splits.items()} for i in range(3))
+    data = FoodData(root, "", files, labels, ids, tuple(ignored), _find_teacher(root),
+                    bool(_class_folders(root / "training")))
+    if (root / "DRAWN_DEMO_SET").exists():
+        origin = "demo set (drawn, not photographs)"
+    elif data.class_folders:
+        origin = "public copy of Food-11 (not the homework's split)"
+    else:
+        origin = "Food-11 of the homework" if data.is_homework else "own photographs (not Food-11)"
+    return dataclasses.replace(data, origin=origin)
+
+
+def _find_teacher(root):
+    """The teacher file in the data folder or beside it; on Kaggle in any input, for public copies have none."""
+    places = [root / TEACHER_FILE, root.parent / TEACHER_FILE]
+    if on_kaggle():
+        places += sorted((kaggle_root() / "input").glob(f"**/{TEACHER_FILE}"))
+    return next((p for p in places if p.is_file()), None)
+
+
+def _class_folders(folder):
+    """{folder: label} of the class folders in a split, matched by name; {} for the flat layout."""
+    numbers = {_normalised(name): k for k, name in enumerate(CLASS_NAMES)}
+    folders = [p for p in sorted(folder.iterdir()) if p.is_dir() and not p.name.startswith((".", "__"))]
+    found = [_normalised(p.name) for p in folders]
+    for path in folders:
+        if _normalised(path.name) not in numbers or found.count(_normalised(path.name)) > 1:
+            raise UserError(f"{path} is no class of Food-11, or is there twice; the class folders are "
+                            f"{', '.join(CLASS_NAMES)}")
+    missing = [CLASS_NAMES[k] for name, k in numbers.items() if name not in found]
+    if folders and missing:
+        raise UserError(f"{folder} has no folder for {', '.join(missing)}")
+    return {path: numbers[name] for path, name in zip(folders, found, strict=True)}
+
+
+def _normalised(name):
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _read_split(folder, evaluation, ignored):
+    """(files, labels, ids) of a split in either layout, sorted by relative path; what is no image goes to `ignored`.
+
+    An evaluation image is kept even if it is empty, for its row belongs to the CSV.
+    """
+    folders = _class_folders(folder)
+    files, labels, unlabelled = [], [], []
+    for path in sorted((p for place in folders or [folder] for p in place.iterdir() if p.is_file()),
+                       key=lambda p: p.relative_to(folder).as_posix()):
+        if path.name.startswith(".") or path.suffix.lower() not in IMAGE_SUFFIXES or not (
+                evaluation or path.stat().st_size):
+            ignored.append(path)
+            continue
+        number = re.match(r"(\d+)_", path.name)
+        if folders or evaluation or number:
+            files.append(path)
+            labels.append(folders.get(path.parent, -1) if folders or evaluation else int(number[1]))
+        else:
+            unlabelled.append(path)
+        if labels and labels[-1] >= NUM_CLASSES:
+            raise UserError(f"{path} has label {labels[-1]}; allowed are 0 to {NUM_CLASSES - 1}")
+    if len(unlabelled) > MAX_BAD_SHARE * (len(files) + len(unlabelled)):
+        raise UserError(f"{folder}: {len(unlabelled)} images have no label in their name, for example "
+                        f"{unlabelled[0].name}; wanted is <label>_<n>.jpg")
+    ignored.extend(unlabelled)
+    ids = [f"{i:04d}" if folders else path.stem for i, path in enumerate(files)]
+    twice = [i for i, n in Counter(ids).items() if n > 1]
+    if twice:
+        raise UserError(f"{folder} holds two images with the id {twice[0]}")
+    return files, labels, ids
+
+
+def open_image(path):
+    """A file as an upright PIL image in RGB, whatever its mode (grey, CMYK, palette, RGBA, 16 bit) and EXIF turn.
+
+    Raises UserError naming the file where it cannot be decoded or is a decompression bomb.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd EXIF and palette bytes; a bomb is an error below
+            with Image.open(path) as image:
+                if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                    raise UserError(f"{path} is refused: {image.width} x {image.height} pixels is a decompression bomb")
+                if image.mode.startswith("I"):  # 16 bit: PIL would clip it to white
+                    image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+                return ImageOps.exif_transpose(image).convert("RGB")
+    except UserError:
+        raise
+    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, ... for broken files
+        raise UserError(f"{path} cannot be decoded ({type(error).__name__}: {error})") from None
+
+
+def source_size(image_size):
+    """S: the side to which pictures are resized before the crop of `image_size`, as 256 is to 224."""
+    return round(image_size * 256 / 224)
+
+
+def eval_transform(image_size):
+    """The reference test transform up to the pixels: PIL image -> Resize(S), CenterCrop(image_size) -> PIL image."""
+    return transforms.Compose([transforms.Resize(source_size(image_size)), transforms.CenterCrop(image_size)])
+
+
+def reference_transform(cfg, train):
+    """The course's own torchvision chain for a PIL image -> normalised float tensor (3, image_size, image_size).
+
+    It is what the batched loader is measured and tested against. torchvision turns pictures with NEAREST unless
+    told otherwise; BILINEAR is used here as in the batched loader.
+    """
+    bilinear = transforms.InterpolationMode.BILINEAR
+    if train and cfg.crop_scale:
+        steps = [transforms.RandomResizedCrop(cfg.image_size, cfg.crop_scale, cfg.crop_ratio)]
+    else:
+        steps = [eval_transform(cfg.image_size)]
+    if train:
+        steps += [transforms.RandomHorizontalFlip(cfg.hflip), transforms.RandomVerticalFlip(cfg.vflip)]
+        steps += [transforms.RandomRotation(cfg.rotation, bilinear)] if cfg.rotation else []
+        steps += [transforms.RandomAffine(cfg.affine, interpolation=bilinear)] if cfg.affine else []
+    return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+
+
+class FoodDataset(Dataset):
+    """The course's Dataset: one file at a time, decoded and augmented with PIL. -> (image (3, H, W) float, label).
+
+    It is the reference path. Use it with DataLoader(num_workers=...); `fit` takes that or a BatchLoader. Where worker
+    processes give multiprocessing errors in a notebook, use plain `from tqdm import tqdm` instead of `tqdm.auto`.
+    """
+
+    def __init__(self, data, split, transform):
+        self.files, self.labels, self.name, self.transform = data.files[split], data.labels[split], split, transform
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, i):
+        return self.transform(open_image(self.files[i])), self.labels[i]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Decoded images of one split. `whole` holds each picture squeezed to a square, `eval` the reference crop."""
+
+    name: str  # training, validation or evaluation
+    view: str  # whole or eval
+    origin: str
+    images: torch.Tensor  # (N, 3, H, W) uint8, memory-mapped from the cache
+    labels: torch.Tensor  # (N,) int64, -1 where unknown
+    ids: tuple  # N file stems, in the order of the images
+    aspects: torch.Tensor  # (N,) float32, width / height of the file
+    cache: Path
+
+    def __len__(self):
+        return len(self.ids)
+
+
+def cache_root():
+    """The folder for decoded images: HW13_CACHE, or a private one of the user's in the temporary directory."""
+    named = os.environ.get("HW13_CACHE")
+    root = Path(named) if named else Path(tempfile.gettempdir()) / f"hw13_cache_{os.getuid()}"
+    try:
+        root.mkdir(parents=True, exist_ok=True, mode=0o777 if named else 0o700)
+    except OSError as error:
+        raise UserError(f"the cache folder {root} cannot be made ({error.strerror}); set HW13_CACHE") from None
+    if not named and root.stat().st_uid != os.getuid():
+        raise UserError(f"the cache folder {root} belongs to another user; set HW13_CACHE to a folder of your own")
+    return root
+
+
+def load_data(data, split, view, image_size):
+    """The Split `split` of FoodData in one view, decoded once into the cache and memory-mapped from there.
+
+    view: "whole" (N, 3, S, S) with S = source_size(image_size), or "eval" (N, 3, image_size, image_size), which
+    equals the reference test transform bit for bit. A training or validation image that cannot be decoded is left out
+    and named, many are an error; an evaluation image is never left out: a damaged one is decoded as far as it goes,
+    else it becomes grey, and is named.
+    """
+    files = data.files[split]
+    side = source_size(image_size) if view == "whole" else image_size
+    stats = [(p.relative_to(data.root).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    key = fingerprint(CACHE_VERSION, Image.__version__, torchvision.__version__, view, image_size, stats)
+    path = cache_root() / f"{split}-{view}-{image_size}-{key}.images"
+    n = len(files)
+    if not (path.is_file() and path.stat().st_size == _cache_bytes(n, side)) and rank_and_world()[0] == 0:
+        _decode_all(data, split, view, image_size, path)
+    _barrier()
+    header, images = _map_cache(path, n, side)
+    good = header["good"].bool()
+    keep = torch.arange(n)[good]
+    return Split(split, view, data.origin, images[:len(keep)], torch.tensor(data.labels[split])[keep],
+                 tuple(data.ids[split][i] for i in keep.tolist()), header["aspect"][keep].clone(), path)
+
+
+def _cache_bytes(n, side):
+    """Size of a cache file: per image an aspect (float32) and a flag (a byte), padded to 4 KiB, then the pixels."""
+    return -(-5 * n // 4096) * 4096 + n * 3 * side * side
+
+
+def _map_cache(path, n, side, writable=False):
+    """({"aspect": (n,) float32, "good": (n,) uint8}, images (n, 3, side, side) uint8) mapped from a cache file."""
+    flat = torch.from_file(str(path), shared=writable, size=_cache_bytes(n, side), dtype=torch.uint8)
+    pixels = flat[len(flat) - n * 3 * side * side:].view(n, 3, side, side)
+    return {"aspect": flat[:4 * n].view(torch.float32), "good": flat[4 * n:5 * n]}, pixels
+
+
+def _decode_all(data, split, view, image_size, path):
+    """Decode a split in parallel into the cache file `path`, written whole or not at all."""
+    files, side = data.files[split], source_size(image_size) if view == "whole" else image_size
+    size = _cache_bytes(len(files), side)
+    if shutil.disk_usage(path.parent).free < size:
+        raise UserError(f"the cache needs {size / 1e9:.1f} GB in {path.parent}, which has less; set HW13_CACHE")
+    to_view = (lambda im: im.resize((side, side), Image.Resampling.BILINEAR)) if view == "whole" else (
+        eval_transform(image_size))
+    bad = {}
+    with written_whole(path) as temporary:
+        temporary.touch()
+        os.truncate(temporary, size)
+        header, images = _map_cache(temporary, len(files), side, writable=True)
+        header["good"].fill_(1)
+
+        def store(i, image):
+            header["aspect"][i] = image.width / image.height
+            images[i] = torch.from_numpy(np.array(to_view(image))).permute(2, 0, 1)
+
+        def decode(i):
+            try:
+                store(i, open_image(files[i]))
+            except UserError as error:
+                bad[i] = str(error)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool, progress_bar(len(files), f"decode {split}") as bar:
+            for _ in pool.map(decode, range(len(files))):
+                bar.update()
+        if bad and split == "evaluation":
+            _rescue(files, bad, store)
+        elif bad:
+            _leave_out(files, bad, header, images)
+
+
+def _rescue(files, bad, store):
+    """Evaluation images that would not decode: as far as they go, else grey. Every one is named; none is dropped."""
+    grey = Image.new("RGB", (256, 256), (NEUTRAL_GREY,) * 3)
+    for i in sorted(bad):
+        ImageFile.LOAD_TRUNCATED_IMAGES = True
+        try:
+            store(i, open_image(files[i]))
+            how = "decoded as far as it goes"
+        except UserError:
+            store(i, grey)
+            how = "replaced by a grey picture"
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = False
+        say(f"WARNING: {bad[i]}; {how}, so that its row stays in the CSV")
+
+
+def _leave_out(files, bad, header, images):
+    """Training or validation images that would not decode: named, left out, and the rest moved together."""
+    names = "; ".join(bad[i] for i in sorted(bad)[:5])
+    if len(bad) > max(1, MAX_BAD_SHARE * len(files)):
+        raise UserError(f"{len(bad)} of {len(files)} images cannot be used: {names}")
+    say(f"WARNING: left out {len(bad)} of {len(files)} images: {names}")
+    for i in bad:
+        header["good"][i] = 0
+    for to, i in enumerate(i for i in range(len(files)) if i not in bad):
+        images[to] = images[i].clone()
+
+
+def _barrier():
+    """Wait for the other processes of a torch.distributed run."""
+    if rank_and_world()[1] > 1:
+        torch.distributed.barrier()
+
+
+# --- the drawn demo set ----------------------------------------------------------------------------------------------
+
+# For each class, shapes drawn in turn: (ImageDraw's method, colour, box or points in unit coordinates, line width).
+_DISHES = (
+    (("ellipse", (176, 116, 56), (.1, .25, .9, .8)), ("line", (120, 70, 30), (.35, .35, .45, .65), 5)),
+    (("rectangle", (238, 238, 245), (.3, .2, .7, .9)), ("rectangle", (120, 160, 220), (.3, .45, .7, .65))),
+    (("polygon", (240, 190, 200), (.1, .8, .9, .8, .9, .4)), ("ellipse", (200, 30, 50), (.75, .22, .92, .4))),
+    (("ellipse", (248, 246, 238), (.12, .15, .88, .88)), ("ellipse", (244, 180, 40), (.36, .36, .66, .66))),
+    (("line", (222, 165, 60), (.25, .15, .35, .85), 9), ("line", (226, 170, 70), (.72, .15, .6, .85), 9)),
+    (("ellipse", (140, 60, 48), (.12, .2, .75, .85)), ("line", (240, 230, 215), (.65, .6, .92, .9), 8)),
+    (("line", (230, 196, 96), (.1, .3, .4, .8, .5, .2, .6, .8, .9, .3), 4),),
+    (("ellipse", (60, 70, 110), (.12, .2, .88, .95)), ("ellipse", (245, 245, 240), (.12, .2, .88, .6))),
+    (("ellipse", (110, 150, 175), (.08, .32, .7, .7)), ("polygon", (95, 135, 165), (.62, .5, .92, .3, .92, .72))),
+    (("ellipse", (235, 235, 235), (.08, .08, .92, .92)), ("ellipse", (196, 92, 40), (.2, .2, .8, .8))),
+    (("ellipse", (190, 40, 40), (.2, .3, .8, .9)), ("polygon", (60, 130, 50), (.5, .3, .75, .08, .8, .25))),
+)
+
+
+def draw_dish(label, rng):
+    """One drawn picture of class `label`: a PIL image, 72 to 112 px a side, turned, tinted, noisy, partly covered."""
+    def colour(base, spread):
+        return tuple(int(c) for c in (base + rng.normal(0, spread, 3)).clip(0, 255))
+
+    table, tint = rng.integers(60, 220, 3), rng.normal(0, 24, 3)
+    canvas = Image.new("RGB", (96, 96), tuple(table.tolist()))
+    draw, size, corner = ImageDraw.Draw(canvas), rng.uniform(46, 84), rng.uniform(4, 14, 2)
+    for method, base, points, *width in _DISHES[label]:
+        places = (np.array(points).reshape(-1, 2) * size + corner).flatten().tolist()
+        getattr(draw, method)(places, colour(base + tint, 10), **({"width": width[0]} if width else {}))
+    spot, extent = rng.uniform(0, 70, 2), rng.uniform(12, 34)
+    draw.rectangle([*spot, *(spot + extent)], colour(rng.integers(60, 220, 3), 0))
+    canvas = canvas.rotate(rng.uniform(-35, 35), Image.Resampling.BILINEAR, fillcolor=tuple(table.tolist()))
+    pixels = np.asarray(canvas, dtype=np.float32) + rng.normal(0, 14, (96, 96, 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).resize(tuple(rng.integers(72, 113, 2).tolist()))
+
+
+def make_demo_data():
+    """Draw the demo set (once, under the cache folder) in Food-11's layout, and return its FoodData.
+
+    It exists so that the notebook runs on a machine without data. Its scores say nothing about Food-11.
+    """
+    per_class = {"training": 20, "validation": 6, "evaluation": 4} if is_fast() else {
+        "training": 110, "validation": 40, "evaluation": 20}
+    root = cache_root() / f"demo-{fingerprint(inspect.getsource(draw_dish), _DISHES, per_class)}" / "Food-11"
+    if not root.is_dir():
+        building = Path(tempfile.mkdtemp(dir=cache_root())) / "Food-11"
+        for number, (split, n) in enumerate(per_class.items()):
+            (building / split).mkdir(parents=True)
+            rng = np.random.default_rng(number)
+            labels = np.repeat(np.arange(NUM_CLASSES), n)
+            for i, label in enumerate(rng.permutation(labels) if split == "evaluation" else labels):
+                name = f"{i:04d}.jpg" if split == "evaluation" else f"{label}_{i % n}.jpg"
+                draw_dish(label, rng).save(building / split / name, quality=90)
+        (building / "DRAWN_DEMO_SET").write_text("Drawn shapes, not photographs.\n")
+        with contextlib.suppress(OSError):  # another process was first
+            os.replace(building.parent, root.parent)
+    return read_folder(root)
+
+
+# =====================================================================================================================
+# 2  Loader
+# =====================================================================================================================
+
+# share: this process's images x number of processes / images of the step, so that averaged gradients are exact.
+Batch = namedtuple("Batch", "images labels rows share", defaults=(None, 1.0))
+# theta: (N, 2, 3), output -> source coordinates. frames: tuple of (N, 2, 3), output -> the frames that cut to black.
+Affine = namedtuple("Affine", "theta frames")
+
+
+def _matrix(a, b, c, d, x=None, y=None):
+    """(N, 3, 3) float64 affine matrices [[a, b, x], [c, d, y], [0, 0, 1]] from (N,) entries."""
+    zero, one = torch.zeros_like(a), torch.ones_like(a)
+    rows = [a, b, zero if x is None else x, c, d, zero if y is None else y, zero, zero, one]
+    return torch.stack(rows, -1).view(-1, 3, 3)
+
+
+def sample_crops(aspects, scale, ratio, generator):
+    """RandomResizedCrop's draw for N pictures: (centre x, centre y, half width, half height), each (N,) in [-1, 1].
+
+    As in torchvision, ten tries of an area in `scale` and a log-uniform width / height in `ratio`; the first that lies
+    inside the picture is taken, else the largest central crop within `ratio`. Coordinates are those of the whole
+    picture squeezed to a square, so that the picture's aspect (width / height) comes in here and nowhere else.
+    """
+    n = len(aspects)
+    area = torch.empty(n, 10, dtype=torch.float64).uniform_(*scale, generator=generator)
+    log_ratio = torch.empty(n, 10, dtype=torch.float64).uniform_(*map(math.log, ratio), generator=generator)
+    aspect = aspects.double()[:, None]
+    wide = (area * log_ratio.exp() / aspect).sqrt()
+    high = (area / log_ratio.exp() * aspect).sqrt()
+    fits = (wide <= 1) & (high <= 1)
+    first = fits.int().argmax(1, keepdim=True)
+    wide, high = wide.gather(1, first)[:, 0], high.gather(1, first)[:, 0]
+    none, limit = ~fits.any(1), aspects.double().clamp(*ratio)
+    wide = torch.where(none, (limit / aspects).clamp(max=1), wide)
+    high = torch.where(none, (aspects / limit).clamp(max=1), high)
+    place = torch.rand(2, n, dtype=torch.float64, generator=generator) * 2 - 1
+    place = torch.where(none, 0.0, place)
+    return place[0] * (1 - wide), place[1] * (1 - high), wide, high
+
+
+def sample_affine(aspects, cfg, generator):
+    """Draw the training view of N pictures of the given `aspects` (N,): an Affine in [-1, 1] coordinates, on the CPU.
+
+    One matrix an image composes the crop, the flips, RandomRotation and RandomAffine in the order of the course's
+    Boss transform. Each turn cuts at the frame of the crop and fills with black, so its frame comes along as a matrix
+    of its own (none where the config does not turn).
+    """
+    n = len(aspects)
+
+    def uniform(limit):
+        return (torch.rand(n, dtype=torch.float64, generator=generator) * 2 - 1) * limit
+
+    def flip(probability):
+        return 1 - 2 * (torch.rand(n, dtype=torch.float64, generator=generator) < probability).double()
+
+    x, y, wide, high = sample_crops(aspects, cfg.crop_scale, cfg.crop_ratio, generator)
+    flip_x, flip_y = flip(cfg.hflip), flip(cfg.vflip)
+    crop = _matrix(wide * flip_x, torch.zeros(n), torch.zeros(n), high * flip_y, x, y)
+    # Undone in reverse order. torchvision's rotate turns counter-clockwise and its affine clockwise.
+    turns = [sign * math.pi / 180 * uniform(limit) for sign, limit in ((-1, cfg.affine), (1, cfg.rotation)) if limit]
+    undo, frames = torch.eye(3, dtype=torch.float64).expand(n, 3, 3), []
+    for angle in turns:
+        undo = _matrix(angle.cos(), -angle.sin(), angle.sin(), angle.cos()) @ undo
+        frames.append(undo[:, :2].float())
+    return Affine((crop @ undo)[:, :2].float(), tuple(frames))
+
+
+def warp(images, affine, size):
+    """Apply an Affine to uint8 `images` (B, 3, H, W): float32 (B, 3, size, size) in 0..255, black outside the frames.
+
+    The one bilinear grid_sample takes the source with its border repeated; each frame fades to black over half a pixel
+    on either side of its edge, as grid_sample's zero padding would.
+    """
+    shape = (len(images), 3, size, size)
+    grid = F.affine_grid(affine.theta, shape, align_corners=False)
+    out = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+    for frame in affine.frames:
+        inside = F.affine_grid(frame, shape, align_corners=False).abs_().amax(-1)
+        out *= inside.sub_(1).mul_(-size / 2).add_(0.5).clamp_(0, 1)[:, None]
+    return out
+
+
+def normalize(images):
+    """Pixels in 0..255, any dtype (B, 3, H, W) -> float32 with ImageNet's mean and deviation, as the teacher wants."""
+    mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(3, 1, 1)
+    std = torch.tensor(IMAGENET_STD, device=images.device).view(3, 1, 1)
+    return (images / 255 - mean) / std
+
+
+class BatchLoader:
+    """Batches of a Split on the device: Batch(images (B, 3, S, S) float32 normalised, labels (B,), rows (B,), share).
+
+    train=True shuffles and augments as `cfg` says; every draw of an epoch is a function of (seed, epoch) alone and
+    belongs to the image's row, so a resumed run sees what an uninterrupted one would. Otherwise batches come in order.
+    The uint8 images move onto the GPU when they fit in half of its free memory, else they are read batch by batch
+    through pinned memory. Under torch.distributed each process yields its part of every batch, unless shared=False.
+    Raises UserError where training is handed evaluation images.
+    """
+
+    def __init__(self, split, cfg, device, train=False, batch_size=None, shared=True):
+        if train and split.name == "evaluation":
+            raise UserError("evaluation images are for predictions alone: they must not enter training")
+        if train and (split.view == "whole") != bool(cfg.crop_scale):
+            raise UserError(f"the config's crop wants the {'whole' if cfg.crop_scale else 'eval'} view, "
+                            f"this split holds the {split.view} view")
+        self.split, self.cfg, self.device, self.train, self.epoch = split, cfg, torch.device(device), train, 0
+        self.batch_size = batch_size or cfg.batch_size
+        self.rank, self.world = rank_and_world() if shared else (0, 1)
+        self.images, self.labels = split.images, split.labels.to(self.device)
+        if self.device.type == "cuda" and self.images.nbytes < torch.cuda.mem_get_info(self.device)[0] / 2:
+            self.images = self.images.to(self.device)
+
+    def set_epoch(self, epoch):
+        """Choose the epoch whose order and views the next iteration yields."""
+        self.epoch = epoch % self.cfg.teacher_views if self.cfg.teacher_views else epoch
+
+    def batches(self):
+        """The rows of each step, over all processes: a last batch too small to share joins the one before."""
+        n = len(self.split)
+        order = torch.randperm(n, generator=self._generator(0)) if self.train else torch.arange(n)
+        steps = list(order.split(self.batch_size))
+        if len(steps) > 1 and len(steps[-1]) < self.world:
+            steps[-2:] = [torch.cat(steps[-2:])]
+        return steps
+
+    def __len__(self):
+        return len(self.batches())
+
+    def __iter__(self):
+        draw = self._draw() if self.train else None
+        for step in self.batches():
+            rows = step.tensor_split(self.world)[self.rank]
+            images = self._views(rows, draw)
+            yield Batch(images, self.labels[rows.to(self.device)], rows, len(rows) * self.world / len(step))
+
+    def views_of(self, rows):
+        """The normalised images (B, 3, S, S) of some rows as the chosen epoch shows them."""
+        return self._views(rows, self._draw() if self.train else None)
+
+    def _views(self, rows, draw):
+        images = self._pixels(rows)
+        return normalize(images if draw is None else self._augment(images, draw, rows))
+
+    def _generator(self, stream):
+        """A CPU generator for one of this epoch's independent random streams."""
+        return torch.Generator().manual_seed(int(fingerprint(self.cfg.seed, self.epoch, stream)[:15], 16))
+
+    def _draw(self):
+        """This epoch's view of every row, on the device: an Affine, or for the centre crop the flips (N,) bool."""
+        generator = self._generator(1)
+        if not self.cfg.crop_scale:
+            return (torch.rand(len(self.split), generator=generator) < self.cfg.hflip).to(self.device)
+        theta, frames = sample_affine(self.split.aspects, self.cfg, generator)
+        return Affine(theta.to(self.device), tuple(f.to(self.device) for f in frames))
+
+    def _augment(self, images, draw, rows):
+        rows = rows.to(self.device)
+        if isinstance(draw, Affine):
+            return warp(images, Affine(draw.theta[rows], tuple(f[rows] for f in draw.frames)), self.cfg.image_size)
+        return torch.where(draw[rows, None, None, None], images.flip(3), images)
+
+    def _pixels(self, rows):
+        if self.images.device == self.device:
+            return self.images[rows.to(self.device)]
+        return self.images[rows].pin_memory().to(self.device, non_blocking=True)
+
+
+def measure_throughput(loader, seconds=3.0):
+    """Images a second that a loader delivers, over at least one batch after the first."""
+    n, start = 0, None
+    for images, *_ in loader:
+        if start is None:
+            start = time.perf_counter()  # the first batch pays for start-up
+            continue
+        n += len(images)
+        if time.perf_counter() - start > seconds:
+            break
+    return n / (time.perf_counter() - start) if n else float("nan")
+
+
+# =====================================================================================================================
+# 3  Students
+# =====================================================================================================================
+
+
+class GlobalAvgPool(nn.Module):
+    """(B, C, H, W) -> (B, C). AdaptiveAvgPool2d's backward is not deterministic on CUDA, mean's is."""
+
+    def forward(self, x):
+        return x.mean((2, 3))
+
+
+def dwpw_conv(in_channels, out_channels, kernel_size=3, stride=2, padding=1):
+    """The course's depthwise-separable block: (B, in, H, W) -> (B, out, H / stride, W / stride).
+
+    A depthwise k x k convolution sees space, a pointwise 1 x 1 convolution mixes channels (Howard et al. 2017,
+    MobileNets): k*k*in + in*out weights instead of k*k*in*out.
+    """
+    return nn.Sequential(
+        nn.Conv2d(in_channels, in_channels, kernel_size, stride, padding, groups=in_channels),
+        nn.BatchNorm2d(in_channels),
+        nn.LeakyReLU(0.01),
+        nn.Conv2d(in_channels, out_channels, 1),
+        nn.BatchNorm2d(out_channels),
+        nn.LeakyReLU(0.01),
+    )
+
+
+def sample_student(cfg):
+    """The course's sample net: four plain 3x3 convolutions, 59,723 parameters. (B, 3, H, W) -> logits (B, 11)."""
+    net = nn.Sequential()
+    for i, (width, out) in enumerate(itertools.pairwise((3, 4, 16, 64, 84)), 1):
+        net.add_module(f"conv{i}", nn.Conv2d(width, out, 3))
+        net.add_module(f"bn{i}", nn.BatchNorm2d(out))
+        net.add_module(f"relu{i}", nn.ReLU())
+        if i > 1:
+            net.add_module(f"pool{i}", nn.MaxPool2d(2))
+    net.add_module("pool", GlobalAvgPool())
+    net.add_module("fc", nn.Linear(84, NUM_CLASSES))
+    return net
+
+
+def dwpw_student(cfg):
+    """A student of dwpw_conv blocks whose layer1, layer2, layer3 sit at the teacher's feature sizes (1/4, 1/8, 1/16).
+
+    The stem is the teacher's shape (7x7 stride 2, max-pool); widths, depths, strides and kernel come from `cfg`.
+    (B, 3, H, W) -> logits (B, 11).
+    """
+    width = cfg.stem_width
+    stem = nn.Sequential(nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+                         nn.MaxPool2d(3, 2, 1))
+    parts = OrderedDict(stem=stem)
+    for number, (out, depth, stride) in enumerate(zip(cfg.widths, cfg.depths, cfg.strides, strict=True), 1):
+        blocks = []
+        for first in [True] + [False] * (depth - 1):
+            blocks.append(dwpw_conv(width, out, cfg.kernel_size, stride if first else 1, cfg.kernel_size // 2))
+            width = out
+        parts[f"layer{number}"] = nn.Sequential(*blocks)
+    parts |= {"pool": GlobalAvgPool(), "fc": nn.Linear(width, NUM_CLASSES)}
+    return nn.Sequential(parts)
+
+
+def _resnet(name):
+    """A builder for torchvision's ResNet `name` with 11 classes and fresh weights: a teacher of one's own."""
+    return lambda cfg: getattr(torchvision.models, name)(weights=None, num_classes=NUM_CLASSES)
+
+
+TEACHERS = {name: _resnet(name) for name in ("resnet18", "resnet34", "resnet50")}
+STUDENTS = {"sample": sample_student, "dwpw": dwpw_student}
+
+
+def build_student(cfg):
+    """The student that `cfg` describes, its weights drawn from cfg.seed (the global random state is left alone)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.seed)
+        return (STUDENTS | TEACHERS)[cfg.student](cfg)
+
+
+def get_student_model():
+    """The course's name for the student: the net of the last stage."""
+    return build_student(list(STAGES.values())[-1])
+
+
+def check_budget(model, limit=PARAM_LIMIT):
+    """The number of parameters of `model`, counted the strict way; ValueError above `limit`.
+
+    Strict is the larger of two counts: all parameters once, trained or frozen (catches a bare nn.Parameter), and those
+    of every module each time that it is called (catches a module called twice, which the course's tool counts twice).
+    """
+    stored = sum(p.numel() for p in model.parameters())
+    called = sum(p for _, _, p, _ in _trace(model, 64))
+    count = max(stored, called)
+    if count > limit:
+        raise UserError(f"the student has {count:,} parameters; the homework allows {limit:,}: make widths, depths or "
+                        "stem_width smaller")
+    return count
+
+
+@contextlib.contextmanager
+def evaluation_mode(model):
+    """Eval mode and no gradients for the block; afterwards every module is in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield next(model.parameters()).device
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _trace(model, image_size):
+    """[(name, output shape, parameters, multiply-adds)] for every call of a module that has parameters of its own."""
+    calls, hooks = [], []
+
+    def hook(name, module, inputs, output):
+        own = sum(p.numel() for p in module.parameters(recurse=False))
+        weights_of_an_output = {nn.Conv2d: lambda m: m.weight[0].numel(), nn.Linear: lambda m: m.in_features}
+        macs = output.numel() * weights_of_an_output.get(type(module), lambda m: 0)(module)
+        calls.append((name or "(model)", tuple(output.shape[1:]), own, macs))
+
+    for name, module in model.named_modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            hooks.append(module.register_forward_hook(functools.partial(hook, name)))
+    try:
+        with evaluation_mode(model) as device:
+            model(torch.zeros(1, 3, image_size, image_size, device=device))
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return calls
+
+
+def count_macs(model, image_size):
+    """Multiply-adds of convolutions and linear layers for one image."""
+    return sum(macs for *_, macs in _trace(model, image_size))
+
+
+def layer_table(model, image_size=224):
+    """A DataFrame of output shape, parameters and multiply-adds, a row a layer and a sum."""
+    rows = [(name, " x ".join(map(str, shape)), own, macs) for name, shape, own, macs in _trace(model, image_size)]
+    frame = pd.DataFrame(rows, columns=["layer", "output", "parameters", "multiply-adds"])
+    frame.loc[len(frame)] = ["all", "", frame["parameters"].sum(), frame["multiply-adds"].sum()]
+    return frame.set_index("layer")
+
+
+# =====================================================================================================================
+# 4  Teacher
+# =====================================================================================================================
+
+def load_weights(path):
+    """A state dict from a checkpoint file: a wrapper (state_dict, model) and prefixes (module., _orig_mod.) come off.
+
+    Raises UserError where the file is missing, damaged, unsafe or holds no state dict.
+    """
+    state = load_file(path)
+    for wrapper in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise UserError(f"{path} is not loaded: it holds no state dict (names of layers -> tensors)")
+    return OrderedDict((re.sub(r"^((module|_orig_mod)\.)+", "", key), value) for key, value in state.items())
+
+
+def load_teacher(path, device="cpu"):
+    """The frozen teacher from a checkpoint with torchvision's ResNet names and 11 classes, in eval mode, on `device`.
+
+    Raises UserError saying what the file holds instead.
+    """
+    state = load_weights(path)
+    for architecture in TEACHERS:
+        teacher = TEACHERS[architecture](None)
+        wanted = teacher.state_dict()
+        if wanted.keys() == state.keys():
+            break
+    else:
+        raise UserError(f"{path} is not loaded: its {len(state)} tensors are not those of "
+                        f"{', '.join(TEACHERS)} (its first is {next(iter(state))!r})")
+    for key, value in wanted.items():
+        if value.shape != state[key].shape:
+            raise UserError(f"{path} is not loaded: {key} has shape {tuple(state[key].shape)}, an 11-class "
+                            f"{architecture} has {tuple(value.shape)}")
+    teacher.load_state_dict(state)
+    return freeze(teacher).to(device)
+
+
+def freeze(model):
+    """Eval mode and no gradients: nothing that runs through `model` afterwards moves its weights or statistics."""
+    return model.eval().requires_grad_(False)
+
+
+def state_checksum(model):
+    """sha256 over all weights and buffers of a model, to prove that it was not changed."""
+    digest = hashlib.sha256()
+    for key, value in model.state_dict().items():
+        digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def soft_labels(logits, temperature):
+    """softmax(logits / temperature) over the last dimension, fp32: (..., 11) -> (..., 11)."""
+    return F.softmax(logits.float() / temperature, dim=-1)
+
+
+# =====================================================================================================================
+# 5  Losses
+# =====================================================================================================================
+
+
+def loss_fn_kd(student_logits, labels, teacher_logits, alpha=0.5, temperature=20.0):
+    """Knowledge distillation (Hinton, Vinyals, Dean 2015), computed in fp32:
+
+        alpha * T^2 * KL(teacher || student) + (1 - alpha) * CE(student, labels)
+
+    student_logits, teacher_logits: (B, 11); labels: (B,) int64, or (B, 11) probabilities. KL is the mean over the
+    batch of distributions softened by T; T^2 keeps its gradient at the size of the other term's. Returns a scalar.
+    """
+    student_logits, teacher_logits = student_logits.float(), teacher_logits.float()
+    log_p_student = F.log_softmax(student_logits / temperature, dim=1)
+    log_p_teacher = F.log_softmax(teacher_logits / temperature, dim=1)
+    soft_loss = F.kl_div(log_p_student, log_p_teacher, reduction="batchmean", log_target=True)
+    hard_loss = F.cross_entropy(student_logits, labels)
+    return alpha * temperature**2 * soft_loss + (1 - alpha) * hard_loss
+
+
+def loss_weights(cfg, progress):
+    """(CE, KL, alignment) weights at progress p = (epoch + 1) / n_epochs.
+
+    constant: (1 - alpha, alpha T^2, 1), which is loss_fn_kd plus the alignment. handover: the published Boss form, in
+    which alignment leads and the labels take over: 10 p^2 (p^2 CE + (1 - p^2) T^2 KL) + alignment.
+    """
+    if cfg.loss_fn_type == "CE":
+        return 1.0, 0.0, 0.0
+    t2, p2 = cfg.temperature**2, progress**2
+    if cfg.loss_schedule == "handover":
+        return 10 * p2 * p2, 10 * p2 * (1 - p2) * t2, 1.0
+    return 1 - cfg.alpha, cfg.alpha * t2, 1.0
+
+
+@contextlib.contextmanager
+def feature_hooks(model, layers):
+    """A dict that a forward pass inside the block fills with the outputs of the named layers; no hook outlives it."""
+    features, modules = {}, dict(model.named_modules())
+
+    def keep(name):
+        def hook(module, inputs, output):
+            features[name] = output
+        return hook
+
+    hooks = [modules[name].register_forward_hook(keep(name)) for name in layers]
+    try:
+        yield features
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def alignment(student_maps, teacher_maps, weights, adapters):
+    """Sum over layers of weight * smooth-L1(adapter(student map), teacher map), fp32. Maps: {name: (B, C, H, W)}.
+
+    A layer whose weight is zero is left out. Layer-wise supervision after Romero et al. 2015 (FitNets).
+    """
+    terms = [weight * F.smooth_l1_loss(adapters[name](student_maps[name]).float(), teacher_maps[name].float())
+             for name, weight in weights.items() if weight]
+    return sum(terms)
+
+
+class DistillLoss(nn.Module):
+    """Student, teacher, adapters and the weighted sum of CE, KL and alignment in one object, so no call can swap them.
+
+    forward(images (B, 3, S, S), labels, teacher_logits=None) -> (loss, student_logits, teacher_logits or None). A term
+    of zero weight is dropped, and the teacher does not run when no term needs it or its logits are given. Adapters are
+    1x1 convolutions where a student layer is narrower or wider than the teacher's: trained, never counted, never saved
+    with the student. The networks run under autocast to `dtype`; the losses are fp32.
+    Raises UserError where a term needs a teacher and there is none, or where feature sizes differ.
+    """
+
+    def __init__(self, cfg, student, teacher=None, dtype=None):
+        super().__init__()
+        if cfg.needs_teacher and teacher is None:
+            raise UserError(f"stage {cfg.exp_name} needs a teacher: put {TEACHER_FILE} into the data folder, or name "
+                            "a file with --teacher")
+        self.cfg, self.student, self.dtype = cfg, student, dtype
+        self._teacher = (teacher,)  # in a tuple: its weights are nobody's parameters
+        self.layers = {f"layer{i}": w for i, w in enumerate(cfg.align_weights, 1) if w}
+        self.adapters = nn.ModuleDict(self._build_adapters())
+        self.set_progress(0.0)
+
+    @property
+    def teacher(self):
+        return self._teacher[0]
+
+    def set_progress(self, progress):
+        """Choose the weights for progress p = (epoch + 1) / n_epochs."""
+        self.w_ce, self.w_kl, self.w_align = loss_weights(self.cfg, progress)
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    def forward(self, images, labels, teacher_logits=None):
+        with self._autocast(images), feature_hooks(self.student, self.layers) as student_maps:
+            student_logits = self.student(images)
+        teacher_maps = {}
+        if self.layers or (self.w_kl and teacher_logits is None):
+            with torch.no_grad(), self._autocast(images), feature_hooks(self.teacher, self.layers) as teacher_maps:
+                teacher_logits = self.teacher(images)
+        loss = 0.0
+        if self.w_kl:
+            loss = self.w_kl * loss_fn_kd(student_logits, labels, teacher_logits, 1.0, self.cfg.temperature) / (
+                self.cfg.temperature**2)
+        if self.w_ce:
+            loss = loss + self.w_ce * F.cross_entropy(student_logits.float(), labels)
+        if self.layers:
+            loss = loss + self.w_align * alignment(student_maps, teacher_maps, self.layers, self.adapters)
+        return loss, student_logits, teacher_logits
+
+    def _autocast(self, images):
+        return torch.autocast(images.device.type, self.dtype, enabled=self.dtype is not None)
+
+    def _build_adapters(self):
+        if not self.layers:
+            return {}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.cfg.seed)
+            ours, theirs = (feature_shapes(net, self.layers, self.cfg.image_size)
+                            for net in (self.student, self.teacher))
+            adapters = {}
+            for name in self.layers:
+                if ours[name][1:] != theirs[name][1:]:
+                    raise UserError(f"{name} of the student is {ours[name][1]} px, the teacher's is "
+                                    f"{theirs[name][1]} px: choose strides that agree or set its align_weight to 0")
+                same = ours[name][0] == theirs[name][0]
+                adapters[name] = nn.Identity() if same else nn.Conv2d(ours[name][0], theirs[name][0], 1)
+            return adapters
+
+
+def feature_shapes(model, layers, image_size):
+    """{layer: (C, H, W)} of a model's features for one image."""
+    with evaluation_mode(model) as device, feature_hooks(model, layers) as maps:
+        model(torch.zeros(1, 3, image_size, image_size, device=device))
+    return {name: tuple(maps[name].shape[1:]) for name in layers}
+
+
+def _kd(student, labels, teacher, alpha, t, *, soften=(True, True), reduction="batchmean", power=2, log=F.log_softmax,
+        target=lambda q: q):
+    """loss_fn_kd with its details open to be got wrong, for check_loss_fn_kd."""
+    log_p, q = log(student / (t if soften[0] else 1), 1), F.softmax(teacher / (t if soften[1] else 1), 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of 'mean' itself
+        soft_loss = F.kl_div(log_p, target(q), reduction=reduction)
+    return alpha * t**power * soft_loss + (1 - alpha) * F.cross_entropy(student, labels)
+
+
+KD_MISTAKES = {
+    "reduction='mean' divides by the number of classes too (11 times too small): use 'batchmean'":
+        functools.partial(_kd, reduction="mean"),
+    "reduction='sum' grows with the batch: use 'batchmean'": functools.partial(_kd, reduction="sum"),
+    "F.kl_div wants log-probabilities of the student first: log_softmax, not softmax":
+        functools.partial(_kd, log=F.softmax),
+    "F.kl_div wants the teacher's probabilities, not their logarithm": functools.partial(_kd, target=torch.log),
+    "the soft loss is not multiplied by temperature ** 2": functools.partial(_kd, power=0),
+    "the soft loss is multiplied by temperature, not by its square": functools.partial(_kd, power=1),
+    "the student's logits are not divided by the temperature": functools.partial(_kd, soften=(False, True)),
+    "the teacher's logits are not divided by the temperature": functools.partial(_kd, soften=(True, False)),
+    "student and teacher are swapped": lambda s, labels, t, *rest: _kd(t, labels, s, *rest),
+    "alpha weighs the labels instead of the soft loss": lambda s, y, t, alpha, temp: _kd(s, y, t, 1 - alpha, temp),
+}
+
+
+def check_loss_fn_kd(my_loss):
+    """Tell a learner whether their own loss_fn_kd is right and, if not, which known mistake it looks like.
+
+    my_loss(student_logits, labels, teacher_logits, alpha, temperature) -> scalar. Prints a line, returns True or False.
+    """
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (3 * torch.randn(2, 6, NUM_CLASSES, generator=generator)).unbind()
+    labels = torch.randint(NUM_CLASSES, (6,), generator=generator)
+    cases = [(student, labels, teacher, alpha, t) for alpha, t in ((0.3, 4.0), (0.8, 2.0))]
+
+    def agrees(other):
+        return all(torch.allclose(g, other(*case), rtol=1e-4, atol=1e-4, equal_nan=True)
+                   for g, case in zip(given, cases, strict=True))
+
+    try:
+        given = [torch.as_tensor(my_loss(*case)).detach().float().reshape(()) for case in cases]
+    except Exception as error:  # whatever a learner's code raises is theirs to read
+        print(f"Not yet: it raises {type(error).__name__}: {error}")
+        return False
+    if agrees(loss_fn_kd):
+        print("Right: it agrees with loss_fn_kd.")
+        return True
+    for hint, mistaken in KD_MISTAKES.items():
+        if agrees(mistaken):
+            print(f"Not yet: {hint}.")
+            return False
+    print(f"Not yet: for alpha 0.3 and T 4 it gives {float(given[0]):.4f}, wanted is "
+          f"{float(loss_fn_kd(*cases[0])):.4f}; no known mistake gives that.")
+    return False
+
+
+# =====================================================================================================================
+# 6  Training
+# =====================================================================================================================
+
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+
+
+def build_optimizer(cfg, parameters):
+    """The optimizer of the config over `parameters`: one fused kernel a step; SGD has Nesterov momentum 0.9."""
+    extra = {"momentum": 0.9, "nesterov": True} if cfg.optimizer == "sgd" else {}
+    return OPTIMIZERS[cfg.optimizer](parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True, **extra)
+
+
+def learning_rate(cfg, epoch):
+    """The learning rate at a fractional epoch: linear warm-up, then constant or a half cosine down to zero."""
+    if epoch < cfg.warmup_epochs:
+        return cfg.lr * (epoch + 1e-3) / cfg.warmup_epochs
+    if cfg.lr_schedule == "constant":
+        return cfg.lr
+    rest = (epoch - cfg.warmup_epochs) / max(cfg.n_epochs - cfg.warmup_epochs, 1e-9)
+    return cfg.lr * (1 + math.cos(math.pi * min(rest, 1.0))) / 2
+
+
+class EarlyStopping:
+    """Remembers the best value and says when `patience` epochs have passed without a better one."""
+
+    def __init__(self, patience):
+        self.patience, self.best, self.since_best = patience, -1.0, 0
+
+    def update(self, value):
+        """Take an epoch's value; True if it is the best so far."""
+        improved = value > self.best
+        self.best, self.since_best = (value, 0) if improved else (self.best, self.since_best + 1)
+        return improved
+
+    @property
+    def should_stop(self):
+        return self.since_best >= self.patience
+
+    def state_dict(self):
+        return {"best": self.best, "since_best": self.since_best}
+
+    def load_state_dict(self, state):
+        self.best, self.since_best = state["best"], state["since_best"]
+
+
+class TrainState:
+    """All that a run carries from epoch to epoch; state_dict() and load_state_dict() make resuming exact."""
+
+    def __init__(self, loss_fn, cfg, device):
+        self.loss_fn, self.history, self.stopper = loss_fn, [], EarlyStopping(cfg.patience)
+        self.optimizer = build_optimizer(cfg, loss_fn.parameters())
+        self.scaler = torch.amp.GradScaler(device.type, enabled=loss_fn.dtype is torch.float16)
+        self.ema = AveragedModel(loss_fn.student, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema_decay)) if (
+            cfg.ema_decay) else None
+        parts = {"loss_fn": loss_fn, "optimizer": self.optimizer, "scaler": self.scaler, "stopper": self.stopper}
+        self.parts = parts | ({"ema": self.ema} if self.ema else {})
+
+    @property
+    def deployed(self):
+        """The net that is validated, saved and submitted: the average where there is one, else the student."""
+        return self.ema.module if self.ema else self.loss_fn.student
+
+    def finished(self, cfg):
+        return len(self.history) >= cfg.n_epochs or self.stopper.should_stop
+
+    def state_dict(self):
+        return {"history": self.history} | {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_state_dict(self, state):
+        self.history = list(state["history"])
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+
+
+def _start_epoch(loader, cfg, epoch):
+    """Make a loader's next pass a function of (seed, epoch); for a DataLoader that is the global random state."""
+    if hasattr(loader, "set_epoch"):
+        loader.set_epoch(epoch)
+    else:
+        torch.manual_seed(int(fingerprint(cfg.seed, epoch)[:12], 16))
+
+
+def train_one_epoch(state, forward, loader, cfg, epoch, views=None, on_step=None):
+    """One pass over the training images: {"lr", "train_loss", "train_acc"}.
+
+    forward: state.loss_fn or its data-parallel wrapper. loader yields (images, labels) or Batch. views: TeacherViews
+    to read or fill. on_step(n_images, sums) is told of each step. Sums stay on the device, so no step waits for one.
+    Raises UserError where the epoch's loss is not finite.
+    """
+    loss_fn, device = state.loss_fn, next(state.loss_fn.parameters()).device
+    loss_fn.train()
+    loss_fn.set_progress((epoch + 1) / cfg.n_epochs)
+    _start_epoch(loader, cfg, epoch)
+    view, n_steps = getattr(loader, "epoch", epoch), len(loader)
+    sums = torch.zeros(3, device=device, dtype=torch.float64)  # loss * images, correct, images
+    for step, batch in enumerate(loader):
+        images, labels, rows, share = Batch(*batch)
+        images = images.to(device, loss_fn.dtype or torch.float32, non_blocking=True,
+                           memory_format=torch.channels_last)
+        labels = labels.to(device, non_blocking=True)
+        stored = views.read(view, rows, device) if views else None
+        loss, student_logits, teacher_logits = forward(images, labels, stored)
+        lr = learning_rate(cfg, epoch + step / n_steps)
+        optimizer_step(state, loss * share, lr, cfg.grad_norm_max)
+        if views and stored is None:
+            views.write(view, rows, teacher_logits)
+        sums[0] += loss.detach() * len(labels)
+        sums[1] += (student_logits.detach().argmax(1) == labels).sum()
+        sums[2] += len(labels)
+        if on_step:
+            on_step(len(labels), sums)
+    if views:
+        views.finish(view)
+    _sum_over_processes(sums)
+    loss, correct, n = sums.tolist()
+    if not math.isfinite(loss):
+        raise UserError(f"the loss of epoch {epoch + 1} is not finite: lower lr (now {cfg.lr:g}) or set amp=off")
+    return {"lr": lr, "train_loss": loss / n, "train_acc": correct / n}
+
+
+def optimizer_step(state, loss, lr, grad_norm_max):
+    """Backward pass, clipped gradients, one step, and the average of the weights where there is one.
+
+    Under fp16 the gradients are unscaled before they are clipped; without it the scaler does nothing.
+    """
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr
+    state.optimizer.zero_grad(set_to_none=True)
+    state.scaler.scale(loss).backward()
+    state.scaler.unscale_(state.optimizer)
+    nn.utils.clip_grad_norm_(state.loss_fn.parameters(), grad_norm_max)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    if state.ema:
+        state.ema.update_parameters(state.loss_fn.student)
+
+
+def _sum_over_processes(tensor):
+    """Add up a tensor over all processes, in place."""
+    if rank_and_world()[1] > 1:
+        torch.distributed.all_reduce(tensor)
+
+
+def predict_logits(model, loader):
+    """(logits (N, 11) float32, labels (N,)) on the CPU, in the loader's order: eval mode, full precision.
+
+    Under torch.distributed these are this process's parts of every batch alone.
+    """
+    with evaluation_mode(model) as device:
+        pairs = [(model(images.to(device, memory_format=torch.channels_last)).float(), labels)
+                 for images, labels, *_ in loader]
+    logits, labels = (torch.cat(part).cpu() for part in zip(*pairs, strict=True))
+    return logits, labels
+
+
+def evaluate(model, loader):
+    """{"valid_loss", "valid_acc", "n"} of a model on a loader's labelled images, counted once over all processes."""
+    logits, labels = predict_logits(model, loader)
+    sums = torch.tensor([F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(1) == labels).sum(),
+                         len(labels)], dtype=torch.float64, device=next(model.parameters()).device)
+    _sum_over_processes(sums)
+    loss, correct, n = sums.tolist()
+    return {"valid_loss": loss / n, "valid_acc": correct / n, "n": int(n)}
+
+
+def standard_error(accuracy, n):
+    """sqrt(p (1 - p) / n): what an accuracy over n images is uncertain by."""
+    return math.sqrt(accuracy * (1 - accuracy) / n)
+
+
+class RunDisplay:
+    """One progress bar over all epochs of a fit, with live loss and accuracy, and one line with the measured pace."""
+
+    def __init__(self, cfg, n_images, first_epoch):
+        self.cfg, self.best, self.seen, self.told = cfg, float("nan"), 0, False
+        self.bar = progress_bar(cfg.n_epochs * n_images, cfg.exp_name)
+        self.bar.update(first_epoch * n_images)
+        self.epoch, self.start, self.drawn = first_epoch, time.perf_counter(), time.perf_counter()
+
+    def on_step(self, n, sums):
+        """Count a step of `n` images; once a second read the sums (loss * images, correct, images) and redraw."""
+        n, now = n * rank_and_world()[1], time.perf_counter()
+        self.seen += n
+        self.bar.update(n)
+        if now - self.drawn > 1 and not self.bar.disable:
+            loss, correct, images = sums.tolist()
+            self.show(self.epoch + 1, loss / images, correct / images)
+            self.drawn = now
+            if now - self.start > 20 and not self.told:
+                self.tell_pace()
+
+    def on_epoch(self, row, best):
+        self.epoch, self.best = row["epoch"], best
+        self.show(self.epoch, row["train_loss"], row["train_acc"])
+
+    def show(self, epoch, loss, accuracy):
+        self.bar.set_postfix_str(f"epoch {epoch}/{self.cfg.n_epochs}, loss {loss:.3f}, acc {accuracy:.3f}, "
+                                 f"best valid {self.best:.3f}", refresh=False)
+
+    def tell_pace(self):
+        """Say once how fast it runs and when it will end, and on Kaggle whether the session is long enough."""
+        self.told = True
+        rate = self.seen / (time.perf_counter() - self.start)
+        left = datetime.timedelta(seconds=round((self.bar.total - self.bar.n) / rate))
+        end = f"{datetime.datetime.now() + left:%H:%M}"
+        too_long = on_kaggle() and left > datetime.timedelta(hours=KAGGLE_HOURS)
+        if left > datetime.timedelta(minutes=1):
+            say(f"{self.cfg.exp_name}: {rate:,.0f} images/s, {left} to go, ends about {end}" + too_long * (
+                f"; a Kaggle session has {KAGGLE_HOURS} h: choose LENGTH = 'lesson' or a smaller n_epochs"))
+
+
+KAGGLE_HOURS = 12
+
+
+def fit(student, train_loader, valid_loader, cfg, teacher=None, folder=None, facts=None, fresh=False):
+    """Train any net as `cfg` says and return the history: a list of rows, one an epoch.
+
+    The loaders are BatchLoaders or the course's DataLoaders; the net is on its device. With a folder it writes
+    student_best.ckpt (a plain fp32 state dict of the net with the best validation accuracy), last.ckpt, log.csv and
+    config.json after every epoch, and goes on from last.ckpt where one is there, exactly as if it had not stopped.
+    facts: what `identity` returns; it must be the same for going on. fresh=True starts again.
+    The student ends with its best weights. Raises UserError where the folder's run has other settings.
+    """
+    device = next(student.parameters()).device
+    loss_fn = DistillLoss(cfg, student, teacher, amp_dtype(device, cfg.amp))
+    loss_fn.to(device, memory_format=torch.channels_last)
+    state = TrainState(loss_fn, cfg, device)
+    facts = {"config": dataclasses.asdict(cfg), **(facts or {})}
+    if folder and not fresh:
+        resume(state, cfg, folder, facts)
+    if isinstance(train_loader, BatchLoader):
+        say(describe_run(cfg, train_loader))
+    views = TeacherViews(cfg, train_loader.split, state_checksum(teacher)) if cfg.teacher_views else None
+    forward = loss_fn
+    if rank_and_world()[1] > 1:
+        forward = nn.parallel.DistributedDataParallel(loss_fn, [device] if device.type == "cuda" else None)
+    best = _copy_of(state.deployed)
+    if folder and state.history:
+        best = load_weights(Path(folder) / "student_best.ckpt")
+    display = RunDisplay(cfg, len(_dataset(train_loader)), len(state.history))
+    try:
+        while not state.finished(cfg):
+            start, epoch = time.perf_counter(), len(state.history)
+            row = train_one_epoch(state, forward, train_loader, cfg, epoch, views, display.on_step)
+            row |= evaluate(state.deployed, valid_loader)
+            if state.stopper.update(row["valid_acc"]):
+                best = _copy_of(state.deployed)
+            state.history.append({"epoch": epoch + 1, **row, "seconds": time.perf_counter() - start})
+            display.on_epoch(state.history[-1], state.stopper.best)
+            if folder:
+                save_run(state, best, folder, facts)
+    finally:
+        display.bar.close()
+    student.load_state_dict(best)
+    return state.history
+
+
+def _dataset(loader):
+    return loader.split if isinstance(loader, BatchLoader) else loader.dataset
+
+
+def _copy_of(model):
+    """A model's state dict as contiguous fp32 tensors on the CPU (integer buffers stay integers)."""
+    return OrderedDict((key, value.detach().to("cpu", torch.float32 if value.is_floating_point() else value.dtype,
+                                               copy=True).contiguous()) for key, value in model.state_dict().items())
+
+
+def save_run(state, best, folder, facts):
+    """Write a run's four files, from the first process only. last.ckpt comes last: what it tells of is there."""
+    if rank_and_world()[0] == 0:
+        folder = Path(folder)
+        write_text(folder / "config.json", json.dumps(facts, indent=1) + "\n")
+        if state.stopper.since_best == 0:
+            save_checkpoint(best, folder / "student_best.ckpt")
+        with written_whole(folder / "log.csv") as temporary:
+            pd.DataFrame(state.history).to_csv(temporary, index=False)
+        save_checkpoint({"facts": json.dumps(facts), **state.state_dict()}, folder / "last.ckpt")
+    _barrier()
+
+
+def resume(state, cfg, folder, facts):
+    """Load a folder's last.ckpt into `state`, if there is one. Raises UserError where it has other settings.
+
+    A larger n_epochs is no other setting where neither the learning rate nor the loss depends on it.
+    """
+    path = Path(folder) / "last.ckpt"
+    if not path.is_file():
+        return
+    saved = load_file(path)
+    was, now = json.loads(saved["facts"]), json.loads(json.dumps(facts))
+    if cfg.lr_schedule == cfg.loss_schedule == "constant" and was["config"]["n_epochs"] < cfg.n_epochs:
+        was["config"]["n_epochs"] = cfg.n_epochs
+    was, now = ({**one.pop("config"), **one} for one in (was, now))
+    other = [f"{key} {was.get(key)} (now {now.get(key)})" for key in {**was, **now} if was.get(key) != now.get(key)]
+    if other:
+        raise UserError(f"{folder} holds a run with other settings: {', '.join(other)}; start it again with --fresh "
+                        "(fresh=True), or choose another folder")
+    state.load_state_dict(saved)
+    done = len(state.history)
+    say(f"{cfg.exp_name}: " + ("finished before, loaded" if state.finished(cfg) else f"goes on after epoch {done}")
+        + f" from {folder}")
+
+
+class TeacherViews:
+    """The teacher's logits of K replayable epochs, in one flat file: once a view is complete, no teacher runs for it.
+
+    Order, draws and mixing of epoch e are functions of (seed, e mod K), so view e mod K of a row is always the same
+    picture. The file is keyed by all that the logits depend on; one with another key is refused, never reused.
+    """
+
+    def __init__(self, cfg, split, teacher_checksum):
+        shape = (cfg.teacher_views, len(split), NUM_CLASSES)
+        keys = ("seed", "image_size", "batch_size", "crop_scale", "crop_ratio", "hflip", "vflip", "rotation", "affine",
+                "amp", "teacher_views")
+        self.key = fingerprint(teacher_checksum, split.ids, split.cache.name, rank_and_world()[1],
+                               [getattr(cfg, k) for k in keys])
+        self.path = cache_root() / f"teacher-{self.key}.logits"
+        n_logits = math.prod(shape)
+        head = -(-(len(self.key) + cfg.teacher_views) // 4) * 4
+        if not self.path.is_file() and rank_and_world()[0] == 0:
+            with written_whole(self.path) as temporary:
+                temporary.write_bytes(self.key.encode())
+                os.truncate(temporary, head + 4 * n_logits)
+        _barrier()
+        if self.path.stat().st_size != head + 4 * n_logits:
+            raise UserError(f"{self.path} has the wrong size: delete it")
+        flat = torch.from_file(str(self.path), shared=True, size=head + 4 * n_logits, dtype=torch.uint8)
+        if bytes(flat[:len(self.key)].tolist()).decode(errors="replace") != self.key:
+            raise UserError(f"{self.path} holds the teacher's logits for other pictures or settings: delete it")
+        self.complete = flat[len(self.key):len(self.key) + cfg.teacher_views]
+        self.logits = flat[head:].view(torch.float32).view(shape)
+
+    def read(self, view, rows, device):
+        """Stored logits (B, 11) of rows in a view, or None while the view is not complete."""
+        return self.logits[view, rows].to(device, non_blocking=True) if self.complete[view] else None
+
+    def write(self, view, rows, logits):
+        """Store the logits of rows in a view."""
+        self.logits[view, rows] = logits.detach().float().cpu()
+
+    def finish(self, view):
+        """Mark a view as complete, once every process has written its rows."""
+        _barrier()
+        self.complete[view] = 1
+
+
+@dataclass
+class Run:
+    """What a stage leaves: its settings, history, scores and files. `student()` loads its best net."""
+
+    cfg: Config
+    folder: Path
+    origin: str
+    history: pd.DataFrame  # a row an epoch, as in log.csv
+    n_params: int
+    macs: int
+    valid_acc: float
+    n_valid: int
+    csv: Path
+
+    @property
+    def name(self):
+        return self.cfg.exp_name
+
+    @property
+    def valid_se(self):
+        return standard_error(self.valid_acc, self.n_valid)
+
+    def student(self, device="cpu"):
+        """The best net of this run, in eval mode."""
+        return load_student(self.folder / "student_best.ckpt", device)[0]
+
+
+def load_student(path, device="cpu"):
+    """(student in eval mode, its Config) from a student_best.ckpt with its config.json beside it."""
+    path = Path(path)
+    state = load_weights(path)
+    beside = path.with_name("config.json")
+    if not beside.is_file():
+        raise UserError(f"{path} has no config.json beside it, so the net that it belongs to is not known")
+    try:
+        cfg = Config(**json.loads(beside.read_text())["config"])
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{beside} is not a stage's config ({error})") from None
+    student = build_student(cfg)
+    try:
+        student.load_state_dict(state)
+    except RuntimeError:
+        raise UserError(f"{path} does not fit the net that {beside} describes") from None
+    return freeze(student).to(device), cfg
+
+
+def build_loaders(cfg, data, device):
+    """(training BatchLoader, validation BatchLoader) of a config: the views that it trains on and the exact one."""
+    train = load_data(data, "training", "whole" if cfg.crop_scale else "eval", cfg.image_size)
+    valid = load_data(data, "validation", "eval", cfg.image_size)
+    return BatchLoader(train, cfg, device, train=True), BatchLoader(valid, cfg, device, batch_size=256)
+
+
+def describe_run(cfg, loader):
+    """One line at the start of a stage: device, precision, processes, and where the decoded images lie."""
+    device = loader.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    dtype = str(amp_dtype(device, cfg.amp) or torch.float32).removeprefix("torch.")
+    world = rank_and_world()[1]
+    place = "moved onto the GPU" if device.type == "cuda" and loader.images.is_cuda else "read from there"
+    return (f"{cfg.exp_name}: {loader.split.origin}; {device.type} ({name}), {dtype}"
+            f"{f', {world} processes' if world > 1 else ''}; {len(loader.split):,} images, "
+            f"{loader.split.images.nbytes / 1e9:.2f} GB in {loader.split.cache}, {place}")
+
+
+def stage_folder(cfg, data, out=None):
+    """Where a stage keeps its files: <out>/<stage>, or <out>/demo/<stage> so that demo files never meet real ones."""
+    out = Path(out or default_out())
+    return (out / "demo" if data.is_demo else out) / cfg.exp_name
+
+
+def identity(data, teacher=None):
+    """What a run depends on besides its config, as JSON-able facts: the data, and the teacher's weights."""
+    return {"origin": data.origin, "data": fingerprint(data.ids, data.labels),
+            "teacher": state_checksum(teacher) if teacher is not None else None}
+
+
+def run_stage(cfg, data, teacher=None, out=None, fresh=False, device=None):
+    """Train one stage, or load it where it is finished, and write <out>/<stage>.csv. Returns its Run.
+
+    The parameter limit is checked before anything is decoded or trained; the teacher is checksummed before and after.
+    """
+    device, teacher = device or pick_device(), teacher if cfg.needs_teacher else None
+    student = build_student(cfg).to(device)
+    check_budget(student)
+    DistillLoss(cfg, student, teacher)  # whatever is wrong with the loss is said before the long work
+    folder, facts = stage_folder(cfg, data, out), identity(data, teacher)
+    train, valid = build_loaders(cfg, data, device)
+    history = fit(student, train, valid, cfg, teacher, folder, facts, fresh)
+    if identity(data, teacher) != facts:
+        raise RuntimeError(f"stage {cfg.exp_name} changed the teacher's weights or statistics")
+    return finish_stage(student, valid, cfg, data, history, folder)
+
+
+def finish_stage(student, valid_loader, cfg, data, history, folder):
+    """Score a trained student, predict the evaluation images into <folder>.csv, and return the stage's Run."""
+    score = evaluate(student, valid_loader)
+    run = Run(cfg, Path(folder), data.origin, pd.DataFrame(history), check_budget(student),
+              count_macs(student, cfg.image_size), score["valid_acc"], score["n"], Path(folder).with_suffix(".csv"))
+    submit(student, data, cfg, run.csv, valid_loader.device)
+    return run
+
+
+def submit(student, data, cfg, path, device, tta=False):
+    """Predict the evaluation images, write the CSV and validate it. Where labels are known, say the accuracy."""
+    split = load_data(data, "evaluation", "eval", cfg.image_size)
+    classes = predict(student, split, cfg, device, tta)
+    if rank_and_world()[0] == 0:
+        write_submission(path, split.ids, classes)
+        validate_submission(path, split.ids)
+    if (split.labels >= 0).all():
+        accuracy = (classes == split.labels).double().mean().item()
+        say(f"accuracy on {len(classes)} evaluation images of {data.origin}: {accuracy:.4f} "
+            f"+- {standard_error(accuracy, len(classes)):.4f}")
+
+
+def run(data, stages=tuple(STAGES), teacher=None, out=None, fresh=False, length="full", **overrides):
+    """Run stages one after another and write the best by validation as submission.csv. Returns the list of Runs.
+
+    teacher: a path (default: the data folder's file; on the demo set one is trained). A stage that needs a teacher
+    where there is none is left out, and that is said. Raises UserError before any work for whatever is wrong.
+    """
+    out, device = Path(out or default_out()), pick_device()
+    configs = [get_config(stage, length, data.is_demo, **overrides) for stage in stages]
+    if len({cfg.exp_name for cfg in configs}) < len(configs):
+        raise UserError(f"run wants each stage once, under a name of its own: {', '.join(c.exp_name for c in configs)}")
+    for cfg in configs:
+        check_budget(build_student(cfg))
+    teacher = find_teacher(data, teacher, out, device) if any(cfg.needs_teacher for cfg in configs) else None
+    runs = []
+    for cfg in configs:
+        if cfg.needs_teacher and teacher is None:
+            say(f"{cfg.exp_name}: left out, for it needs a teacher and there is no {TEACHER_FILE} in {data.root}; "
+                "name one with --teacher")
+        else:
+            runs.append(run_stage(cfg, data, teacher, out, fresh, device))
+    if not runs:
+        raise UserError(f"no stage could run without a teacher: put {TEACHER_FILE} into {data.root}, or name one "
+                        "with --teacher")
+    write_best(runs, data, out)
+    return runs
+
+
+def write_best(runs, data, out=None):
+    """Copy the CSV of the best run by validation accuracy to submission.csv and return its path.
+
+    For the demo set it is submission_demo.csv. A public copy of Food-11 gets none, for its ids are not the homework's:
+    None is returned and that is said.
+    """
+    best = max(runs, key=lambda run: run.valid_acc)
+    if data.class_folders:
+        say("no submission.csv: the evaluation images of a public copy of Food-11 are not the homework's")
+        return None
+    path = Path(out or default_out()) / ("submission_demo.csv" if data.is_demo else "submission.csv")
+    if rank_and_world()[0] == 0:
+        write_text(path, best.csv.read_text())
+    say(f"{path} is {best.csv}: {best.name} has the best validation accuracy, {best.valid_acc:.4f} "
+        f"+- {best.valid_se:.4f} ({best.n_valid} images, {data.origin})")
+    return path
+
+
+def stage_table(runs):
+    """A DataFrame with a row a stage: parameters, multiply-adds, validation accuracy +- standard error, time, file."""
+    return pd.DataFrame([{
+        "stage": run.name, "parameters": run.n_params, "multiply-adds (M)": round(run.macs / 1e6, 1),
+        "validation accuracy": round(run.valid_acc, 4), "+- s.e.": round(run.valid_se, 4),
+        "epochs": len(run.history), "seconds": round(run.history["seconds"].sum()), "file": str(run.csv),
+    } for run in runs]).set_index("stage")
+
+
+def accuracy_table(labels, predictions, caption):
+    """A DataFrame of accuracy +- standard error, a row for each {name: predicted classes (N,)}."""
+    rows = {name: (classes == labels).double().mean().item() for name, classes in predictions.items()}
+    return pd.DataFrame([{caption: name, "accuracy": round(a, 4), "+- s.e.": round(standard_error(a, len(labels)), 4)}
+                         for name, a in rows.items()]).set_index(caption)
+
+
+TEACHER_CONFIG = Config(exp_name="teacher", student="resnet18", crop_scale=(0.5, 1.0), batch_size=128, lr=1e-3,
+                        optimizer="adamw", weight_decay=0.05, lr_schedule="cosine", warmup_epochs=5.0, n_epochs=200)
+DEMO_TEACHER_SETTINGS = {"image_size": 64, "batch_size": 32, "warmup_epochs": 1.0, "n_epochs": 7}
+
+
+def train_teacher(data, out=None, cfg=None, fresh=False):
+    """Train a torchvision ResNet from scratch on the training images and return the path of its checkpoint.
+
+    The homework allows a teacher of one's own; it is not bound by the parameter limit and never submitted. It is also
+    the way on for who has a public copy of Food-11, which holds no teacher file.
+    """
+    settings = (DEMO_TEACHER_SETTINGS if data.is_demo else {}) | ({"n_epochs": 1} if is_fast() else {})
+    cfg = cfg or dataclasses.replace(TEACHER_CONFIG, **settings)
+    device = pick_device()
+    folder = stage_folder(cfg, data, out)
+    train, valid = build_loaders(cfg, data, device)
+    fit(build_student(cfg).to(device), train, valid, cfg, None, folder, identity(data), fresh)
+    return folder / "student_best.ckpt"
+
+
+def find_teacher(data, path=None, out=None, device="cpu"):
+    """The frozen teacher: of `path`, else of the data folder, else (demo set) trained here; None without one."""
+    path = path or data.teacher
+    if path is None and data.is_demo:
+        path = train_teacher(data, out)
+    return load_teacher(path, device) if path else None
+
+
+# =====================================================================================================================
+# 7  Submission
+# =====================================================================================================================
+
+
+def tta_logits(student, loader):
+    """Mean class probabilities (N, 11) over the exact evaluation view and its mirror image."""
+    mirrored = (Batch(batch.images.flip(3), batch.labels) for batch in loader)
+    return sum(F.softmax(predict_logits(student, view)[0], 1) for view in (loader, mirrored)) / 2
+
+
+def predict(student, split, cfg, device="cpu", tta=False):
+    """The class (N,) int64 of every image of a Split, in its order; tta=True averages two views of each."""
+    loader = BatchLoader(split, cfg, device, batch_size=256, shared=False)
+    student = student.to(device)
+    return (tta_logits(student, loader) if tta else predict_logits(student, loader)[0]).argmax(1)
+
+
+def write_submission(path, ids, classes):
+    """Write the CSV Id,Category, a row an image in the given order, whole or not at all."""
+    frame = pd.DataFrame({"Id": list(ids), "Category": [int(k) for k in classes]})
+    with written_whole(path) as temporary:
+        frame.to_csv(temporary, index=False)
+
+
+def validate_submission(path, ids):
+    """Return the number of rows of a submission CSV; UserError names the first row that is wrong, and why.
+
+    ids: the wanted ids in their order, or how many rows ("0000", "0001", ...).
+    """
+    ids = [f"{i:04d}" for i in range(ids)] if isinstance(ids, int) else list(ids)
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.reader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is no text in UTF-8 with commas ({error})") from None
+    if not rows or rows[0] != ["Id", "Category"]:
+        raise UserError(f"{path}, row 1: the header is {','.join(rows[0]) if rows else 'missing'}, wanted is "
+                        "Id,Category")
+    seen = set()
+    for number, (row, wanted) in enumerate(zip(rows[1:], ids, strict=False), 2):
+        where = f"{path}, row {number}"
+        if len(row) != 2:
+            raise UserError(f"{where}: {len(row)} columns, wanted are 2")
+        if row[0] in seen:
+            raise UserError(f"{where}: the id {row[0]!r} is there twice")
+        if len(row[0]) != len(wanted):
+            raise UserError(f"{where}: the id {row[0]!r} is not written like {wanted!r}")
+        if row[0] != wanted:
+            raise UserError(f"{where}: the id is {row[0]!r}, wanted in this order is {wanted!r}")
+        if not re.fullmatch(r"\d|10", row[1]):
+            raise UserError(f"{where}: the class is {row[1]!r}, allowed are 0 to {NUM_CLASSES - 1}")
+        seen.add(row[0])
+    if len(rows) - 1 != len(ids):
+        raise UserError(f"{path}: {len(rows) - 1} rows, wanted are {len(ids)}")
+    return len(ids)
+
+
+def download_link(path):
+    """A link for the notebook, from which the browser downloads a file written there."""
+    from IPython.display import FileLink
+    return FileLink(os.path.relpath(path), result_html_prefix="Download: ")
+
+
+# =====================================================================================================================
+# 8  Pictures
+# =====================================================================================================================
+
+# Okabe and Ito's palette, which colour-blind readers and grey print keep apart; a stage keeps its colour and marker.
+STAGE_STYLES = {"simple": ("#E69F00", "o"), "medium": ("#56B4E9", "s"), "strong": ("#009E73", "^"),
+                "boss": ("#CC79A7", "D"), "teacher": ("#000000", "*")}
+
+
+def stage_style(name):
+    """{"color", "marker"} of a stage, grey for an unknown one."""
+    color, marker = STAGE_STYLES.get(name, ("#777777", "x"))
+    return {"color": color, "marker": marker}
+
+
+def _figure(title, rows=1, columns=1, width=8.0, height=3.2):
+    """(Figure, (rows, columns) array of Axes); closed in pyplot, so that a notebook shows it once, as a value."""
+    figure = plt.figure(figsize=(width, height), layout="constrained")
+    plt.close(figure)
+    figure.suptitle(title, fontsize=11)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _picture(axes, image, title=""):
+    """Draw a (3, H, W) uint8 or normalised float image."""
+    if image.is_floating_point():
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+        image = ((image.cpu() * std + mean) * 255).clamp(0, 255).byte()
+    axes.imshow(image.permute(1, 2, 0).numpy())
+    axes.set_title(title, fontsize=8)
+    axes.axis("off")
+
+
+def plot_samples(split, per_class=2):
+    """A few images of each class, a column a class."""
+    figure, axes = _figure(f"{split.name} images by class: {split.origin}", per_class, NUM_CLASSES, 11, 1 + per_class)
+    for k in range(NUM_CLASSES):
+        rows = (split.labels == k).nonzero()[:, 0].tolist()
+        for i in range(per_class):
+            if i < len(rows):
+                _picture(axes[i, k], split.images[rows[i]], CLASS_NAMES[k] if i == 0 else "")
+            axes[i, k].axis("off")
+    return figure
+
+
+def plot_views(loader, n_images=3, n_views=6):
+    """What training sees: each row one picture in several epochs of a training BatchLoader."""
+    figure, axes = _figure(f"the training views of {loader.cfg.exp_name}: {loader.split.origin}", n_images, n_views, 9,
+                           1.5 * n_images)
+    rows = torch.linspace(0, len(loader.split) - 1, n_images).long()
+    for epoch in range(n_views):
+        loader.set_epoch(epoch)
+        for i, image in enumerate(loader.views_of(rows)):
+            _picture(axes[i, epoch], image, f"epoch {epoch + 1}" if i == 0 else "")
+    return figure
+
+
+def plot_throughput(rates, origin):
+    """Bars of images a second: {loader's name: rate}."""
+    figure, axes = _figure(f"images a second, each loader alone: {origin}", height=0.7 + 0.5 * len(rates))
+    bars = axes[0, 0].barh(list(rates), list(rates.values()), color="#56B4E9", edgecolor="black")
+    axes[0, 0].bar_label(bars, fmt="{:,.0f}", padding=3)
+    axes[0, 0].invert_yaxis()
+    axes[0, 0].margins(x=0.12)
+    return figure
+
+
+def plot_soft_labels(logits, image, temperatures, origin):
+    """One picture and what the teacher's logits (11,) become at several temperatures."""
+    figure, axes = _figure(f"the teacher's soft labels: {origin}", 1, len(temperatures) + 1, 11, 3.4)
+    _picture(axes[0, 0], image)
+    for i, (t, ax) in enumerate(zip(temperatures, axes[0, 1:], strict=True)):
+        ax.barh(CLASS_NAMES, soft_labels(logits, t).tolist(), color="#009E73", edgecolor="black")
+        ax.set_xlim(0, 1)
+        ax.set_title(f"T = {t:g}", fontsize=9)
+        ax.invert_yaxis()
+        ax.tick_params(labelsize=8, labelleft=i == 0)
+    return figure
+
+
+def dwpw_arithmetic(in_channels=128, out_channels=256, kernel_size=3, size=14):
+    """A DataFrame: weights and multiply-adds of a full convolution against depthwise + pointwise."""
+    full = in_channels * out_channels * kernel_size**2
+    depthwise, pointwise = in_channels * kernel_size**2, in_channels * out_channels
+    rows = {"full convolution": full, "depthwise": depthwise, "pointwise": pointwise,
+            "depthwise + pointwise": depthwise + pointwise}
+    return pd.DataFrame([{"": name, "weights": n, "multiply-adds (M)": round(n * size**2 / 1e6, 2),
+                          "share of full": round(n / full, 3)} for name, n in rows.items()]).set_index("")
+
+
+def plot_history(runs, published=None):
+    """Training loss and validation accuracy by epoch of several Runs; published {name: score} become dashed lines."""
+    figure, axes = _figure(f"learning curves: {runs[0].origin}", 1, 2, 10, 3.6)
+    for run in runs:
+        style = stage_style(run.name) | {"markersize": 4, "linewidth": 1.4}
+        for ax, key in zip(axes[0], ("train_loss", "valid_acc"), strict=True):
+            ax.plot(run.history["epoch"], run.history[key], label=run.name, **style)
+    for name, score in (published or {}).items():
+        axes[0, 1].axhline(score, ls="--", lw=1, color=stage_style(name)["color"], label=f"{name}, published")
+    axes[0, 0].set(xlabel="epoch", ylabel="training loss (each stage its own)", yscale="log")
+    axes[0, 1].set(xlabel="epoch", ylabel="validation accuracy")
+    axes[0, 1].legend(fontsize=8)
+    return figure
+
+
+def confusion_matrix(labels, classes):
+    """(11, 11) int64: row = true class, column = predicted class."""
+    return torch.bincount(labels * NUM_CLASSES + classes, minlength=NUM_CLASSES**2).view(NUM_CLASSES, NUM_CLASSES)
+
+
+def plot_confusion(labels, classes, origin):
+    """The confusion matrix as shares of each true class, with counts."""
+    counts = confusion_matrix(labels, classes)
+    share = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    figure, axes = _figure(f"confusion matrix, validation: {origin}", width=7, height=6)
+    ax = axes[0, 0]
+    ax.imshow(share, cmap="cividis", vmin=0, vmax=1)
+    for i, j in itertools.product(range(NUM_CLASSES), repeat=2):
+        if counts[i, j]:
+            ax.text(j, i, int(counts[i, j]), ha="center", va="center", fontsize=8,
+                    color="black" if share[i, j] > 0.5 else "white")
+    ax.set_xticks(range(NUM_CLASSES), CLASS_NAMES, rotation=45, ha="right", fontsize=8)
+    ax.set_yticks(range(NUM_CLASSES), CLASS_NAMES, fontsize=8)
+    ax.set(xlabel="predicted", ylabel="true")
+    return figure
+
+
+def plot_by_class(labels, predictions, origin):
+    """Accuracy by class of several nets: {name: predicted classes (N,)}."""
+    figure, axes = _figure(f"validation accuracy by class: {origin}", width=9, height=3.6)
+    width = 0.8 / len(predictions)
+    for i, (name, classes) in enumerate(predictions.items()):
+        counts = confusion_matrix(labels, classes)
+        accuracy = counts.diagonal() / counts.sum(1).clamp(min=1)
+        places = [k + (i - (len(predictions) - 1) / 2) * width for k in range(NUM_CLASSES)]
+        axes[0, 0].bar(places, accuracy, width, label=name, color=stage_style(name)["color"], edgecolor="black")
+    axes[0, 0].set_xticks(range(NUM_CLASSES), CLASS_NAMES, rotation=30, ha="right", fontsize=8)
+    axes[0, 0].set_ylim(0, 1)
+    axes[0, 0].legend(fontsize=8, ncols=len(predictions), loc="upper center", bbox_to_anchor=(0.5, 1.18))
+    return figure
+
+
+def plot_mistakes(split, classes, n=12):
+    """A grid of images that were classified wrongly, with the true and the predicted class."""
+    wrong = (classes != split.labels).nonzero()[:, 0].tolist()
+    figure, axes = _figure(f"{len(wrong)} mistakes on {len(split)} {split.name} images (the first {min(n, len(wrong))}"
+                           f"): {split.origin}", -(-n // 6), 6, 10, 2 * -(-n // 6))
+    for ax in axes.flat:
+        ax.axis("off")
+    for ax, i in zip(axes.flat, wrong[:n], strict=False):
+        _picture(ax, split.images[i], f"{CLASS_NAMES[split.labels[i]]}\nnot {CLASS_NAMES[classes[i]]}")
+    return figure
+
+
+# =====================================================================================================================
+# 9  Command line
+# =====================================================================================================================
+
+NOTEBOOK = "hw13_distill.ipynb"
+KAGGLE_NOTEBOOK = "submission/hw13_distill_kaggle.ipynb"
+
+
+def export_notebook(folder=None):
+    """Write the one-file notebook for Kaggle, the notebook with this module in its first cell; returns its path.
+
+    folder: where the notebook lies, default beside this module. Outputs are left out.
+    """
+    folder = Path(folder or Path(__file__).parent)
+    source = folder / NOTEBOOK
+    if not source.is_file():
+        raise UserError(f"there is no file {source} to export")
+    notebook = json.loads(source.read_text(encoding="utf-8"))
+    text = "%%writefile helpers.py\n" + Path(__file__).read_text(encoding="utf-8")
+    cell = {"cell_type": "code", "execution_count": None, "id": "helpers", "metadata": {"jupyter": {
+        "source_hidden": True}}, "outputs": [], "source": text.splitlines(keepends=True)}
+    for other in notebook["cells"]:
+        if other["cell_type"] == "code":
+            other |= {"outputs": [], "execution_count": None}
+    notebook["cells"].insert(1, cell)
+    path = folder / KAGGLE_NOTEBOOK
+    write_text(path, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
+    return path
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are UserErrors: one line, no usage text."""
+
+    def error(self, message):
+        raise UserError(f"{message} (python helpers.py {self.prog.split()[-1]} --help lists the arguments)")
+
+
+def build_parser():
+    """The command line's parser."""
+    parser = _Parser(prog="helpers.py", description="Distil a ResNet-18 into at most 60,000 parameters on Food-11.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+
+    def command(function, help):
+        name = function.__name__.strip("_").removesuffix("_command")
+        add = commands.add_parser(name, help=help, description=help)
+        add.set_defaults(function=function)
+        return add.add_argument
+
+    add = command(_run_command, "train stages and write their CSVs")
+    add("--data", metavar="DIR", help="folder with training/, validation/, evaluation/")
+    add("--demo", action="store_true", help="use the drawn demo set")
+    add("--out", metavar="DIR", help="results (default: submission/, on Kaggle its working folder)")
+    add("--stages", default=",".join(STAGES), help="comma-separated (default: %(default)s)")
+    add("--teacher", metavar="FILE", help=f"teacher checkpoint (default: {TEACHER_FILE} of the data)")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a config key")
+    add("--length", default="full", choices=list(LENGTHS), help="share of each stage's epochs")
+    add("--fresh", action="store_true", help="start again where a run is there already")
+    for function, help in ((_evaluate_command, "validation accuracy of a checkpoint"),
+                           (_predict_command, "write the CSV of a checkpoint")):
+        add = command(function, help)
+        add("--data", metavar="DIR", required=True)
+        add("--checkpoint", metavar="FILE", required=True)
+    add("--out", metavar="CSV", required=True)
+    add("--tta", action="store_true", help="average several views of each image")
+    add = command(_validate_command, "check a submission CSV")
+    add("csv", metavar="CSV")
+    add("--rows", type=int, required=True, metavar="N")
+    command(_export_command, "write the one-file notebook for Kaggle")
+    return parser
+
+
+def _run_command(args):
+    settings = dict(parse_setting(text) for text in args.set)
+    stages = [stage.strip() for stage in args.stages.split(",") if stage.strip()]
+    for stage in stages:
+        get_config(stage, args.length, **settings)
+    if not stages:
+        raise UserError(f"--stages names no stage; they are {', '.join(STAGES)}")
+    if args.teacher:
+        load_teacher(args.teacher)
+    if args.demo and args.data:
+        raise UserError("--demo draws its own data: leave out --data")
+    with data_parallel():
+        data = make_demo_data() if args.demo else find_data(args.data)
+        if data is None:
+            raise UserError("no data found: name its folder with --data DIR, or use --demo for the drawn demo set")
+        say(data.describe())
+        runs = run(data, stages, args.teacher, args.out, args.fresh, args.length, **settings)
+        say(stage_table(runs).to_string())
+
+
+def _evaluate_command(args):
+    data, device = find_data(args.data), pick_device()
+    student, cfg = load_student(args.checkpoint, device)
+    valid = BatchLoader(load_data(data, "validation", "eval", cfg.image_size), cfg, device, batch_size=256)
+    score = evaluate(student, valid)
+    print(f"{args.checkpoint}: stage {cfg.exp_name}, {cfg.image_size} px, {data.origin}")
+    print(f"validation accuracy {score['valid_acc']:.4f} +- {standard_error(score['valid_acc'], score['n']):.4f} "
+          f"({score['n']} images)")
+
+
+def _predict_command(args):
+    data, device = find_data(args.data), pick_device()
+    student, cfg = load_student(args.checkpoint, device)
+    submit(student, data, cfg, args.out, device, args.tta)
+    print(f"{args.out}: {len(data.ids['evaluation'])} rows, {data.origin}")
+
+
+def _validate_command(args):
+    print(f"{args.csv}: {validate_submission(args.csv, args.rows)} rows, valid")
+
+
+def _export_command(args):
+    print(export_notebook())
+
+
+@contextlib.contextmanager
+def data_parallel():
+    """Join torchrun's process group for the block (NCCL on GPUs, gloo on CPUs); without torchrun do nothing."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    torch.distributed.init_process_group("nccl" if pick_device().type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def main(argv=None):
+    """The command line. Returns the exit code: 0, or 2 after one line on stderr for a mistake of the user."""
+    try:
+        args = build_parser().parse_args(argv)
+        args.function(args)
+        return 0
+    except UserError as error:
+        print(f"helpers.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

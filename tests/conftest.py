@@ -1,0 +1,73 @@
+"""Shared fixtures. The photo set is found through HW13_PHOTOS; tests that want it skip without it."""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["HW13_FAST"] = "1"
+
+import helpers as h  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch, tmp_path_factory):
+    """No variable of the caller's machine reaches a test; the cache is shared by a test run and thrown away."""
+    for name in ("HW13_DATA", "HW13_KAGGLE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HW13_KAGGLE", str(tmp_path_factory.getbasetemp() / "no_kaggle"))
+    cache = tmp_path_factory.getbasetemp() / "cache"
+    cache.mkdir(exist_ok=True)
+    monkeypatch.setenv("HW13_CACHE", str(cache))
+
+
+def save_picture(path, seed=0, size=(60, 48), mode="RGB", **options):
+    """Write a smooth random picture."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    small.resize(size, Image.Resampling.BICUBIC).convert(mode).save(path, **options)
+    return path
+
+
+@pytest.fixture
+def food(tmp_path):
+    """A data folder in the homework's layout: 2 training, 1 validation image a class, 5 evaluation images."""
+    root = tmp_path / "Food-11"
+    for label in range(h.NUM_CLASSES):
+        for n in range(2):
+            save_picture(root / "training" / f"{label}_{n}.jpg", 10 * label + n, (60 + 4 * n, 48 + label))
+        save_picture(root / "validation" / f"{label}_0.jpg", 500 + label)
+    for n in range(5):
+        save_picture(root / "evaluation" / f"{n:04d}.jpg", 900 + n)
+    return root
+
+
+@pytest.fixture
+def teacher_file(food):
+    """A random teacher with the homework's file name, in the data folder."""
+    torch.manual_seed(1)
+    path = food / h.TEACHER_FILE
+    torch.save(h.build_student(h.Config(student="resnet18")).state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def tiny():
+    """Overrides that make any stage run in a second."""
+    return {"image_size": 64, "n_epochs": 2, "batch_size": 8, "lr": 1e-3, "amp": "off"}
+
+
+@pytest.fixture(scope="session")
+def photos():
+    """The FoodData of the photo set, or a skip."""
+    folder = os.environ.get("HW13_PHOTOS")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("HW13_PHOTOS names no folder of photographs")
+    return h.find_data(folder)

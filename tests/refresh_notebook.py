@@ -1,0 +1,61 @@
+"""Run the notebook on the demo set, clean it, and write it and the one-file notebook for Kaggle.
+
+    python tests/refresh_notebook.py
+
+Outputs are kept, since people look before they run; execution counts and volatile metadata are not. The run is made in
+an empty folder with nothing but the notebook and helpers.py, so that it shows what a newcomer sees.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import nbformat
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import helpers as h  # noqa: E402
+
+
+def execute(notebook, folder, **environment):
+    """Run a notebook file in its folder with nbconvert, as the README does; (executed notebook, seconds)."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "jupyter", "nbconvert", "--to", "notebook", "--execute", "--output", "run",
+                    notebook], cwd=folder, env=os.environ | environment, check=True, capture_output=True)
+    return nbformat.read(Path(folder) / "run.ipynb", as_version=4), time.perf_counter() - start
+
+
+def clean(notebook):
+    """Drop what changes from run to run without meaning: counts, timestamps, transient ids."""
+    notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+                         "language_info": {"name": "python"}}
+    for number, cell in enumerate(notebook.cells):
+        cell.id, cell.metadata = f"cell-{number:02d}", {}
+        if cell.cell_type == "code":
+            cell.execution_count = None
+            for output in cell.outputs:
+                output.pop("execution_count", None)
+                if output.output_type == "execute_result":
+                    output["execution_count"] = None
+    nbformat.validate(notebook)
+    return notebook
+
+
+def main():
+    environment = {"HW13_CACHE": "cache", "HW13_DATA": "", "HW13_FAST": "", "HW13_KAGGLE": "/nowhere"}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in (h.NOTEBOOK, "helpers.py"):
+            shutil.copy(ROOT / name, folder)
+        notebook, seconds = execute(h.NOTEBOOK, folder, **environment)
+    nbformat.write(clean(notebook), ROOT / h.NOTEBOOK)
+    print(f"{h.NOTEBOOK}: {seconds:.0f} s, {(ROOT / h.NOTEBOOK).stat().st_size / 1e6:.2f} MB")
+    print(h.export_notebook())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""The losses, against numbers worked out by hand and torch's own functions."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import helpers as h
+
+
+def logits(seed=0, n=6):
+    generator = torch.Generator().manual_seed(seed)
+    return 3 * torch.randn(n, h.NUM_CLASSES, generator=generator), 3 * torch.randn(n, h.NUM_CLASSES,
+                                                                                  generator=generator)
+
+
+def test_loss_fn_kd_by_hand():
+    student, teacher = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 4.0]])
+    p = [1 / (1 + math.exp(2)), math.exp(2) / (1 + math.exp(2))]  # softmax((0, 4) / 2)
+    q = [math.exp(1) / (math.exp(1) + 1), 1 / (math.exp(1) + 1)]  # softmax((2, 0) / 2)
+    kl = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+    ce = -math.log(math.exp(2) / (math.exp(2) + 1))
+    loss = h.loss_fn_kd(student, torch.tensor([0]), teacher, alpha=0.3, temperature=2.0)
+    assert loss.item() == pytest.approx(0.3 * 4 * kl + 0.7 * ce, rel=1e-5)
+
+
+def test_loss_fn_kd_bounds():
+    student, teacher = logits()
+    labels = torch.arange(6)
+    assert h.loss_fn_kd(teacher, labels, teacher, alpha=1.0).item() == pytest.approx(0, abs=1e-4)
+    assert h.loss_fn_kd(student, labels, teacher, alpha=0.0) == F.cross_entropy(student, labels)
+    assert h.loss_fn_kd(student, labels, teacher) == h.loss_fn_kd(student, labels, teacher, 0.5, 20.0)
+    assert h.loss_fn_kd(student.half(), labels, teacher.half()).dtype == torch.float32
+    soft = F.one_hot(labels, 11).float()
+    assert torch.allclose(h.loss_fn_kd(student, soft, teacher), h.loss_fn_kd(student, labels, teacher))
+
+
+def test_t_squared_keeps_the_gradients_size():
+    student, teacher = logits()
+    sizes = []
+    for t in (5.0, 20.0, 80.0):
+        x = student.clone().requires_grad_()
+        h.loss_fn_kd(x, torch.arange(6), teacher, 1.0, t).backward()
+        sizes.append(x.grad.norm().item())
+    assert max(sizes) / min(sizes) < 1.3
+
+
+def test_handover_is_the_published_form():
+    cfg = h.STAGES["boss"]
+    for p in (0.1, 0.5, 1.0):
+        assert h.loss_weights(cfg, p) == pytest.approx((10 * p**4, 10 * p**2 * (1 - p**2) * 400, 1.0))
+    assert h.loss_weights(h.STAGES["medium"], 0.3) == (0.5, 200.0, 1.0)
+    assert h.loss_weights(h.STAGES["simple"], 0.3) == (1.0, 0.0, 0.0)
+
+
+def test_alignment_is_a_weighted_smooth_l1():
+    ours, theirs = {"layer1": torch.zeros(1, 2, 1, 1)}, {"layer1": torch.tensor([0.5, 3.0]).view(1, 2, 1, 1)}
+    by_hand = 3 * (0.5 * 0.5**2 + (3.0 - 0.5)) / 2
+    assert h.alignment(ours, theirs, {"layer1": 3.0}, {"layer1": nn.Identity()}).item() == pytest.approx(by_hand)
+
+
+def boss_loss(teacher_file, **settings):
+    cfg = h.get_config("boss", image_size=64, **settings)
+    return h.DistillLoss(cfg, h.build_student(cfg), h.load_teacher(teacher_file))
+
+
+def test_distill_loss_is_the_sum_of_its_terms(teacher_file):
+    loss_fn = boss_loss(teacher_file).eval()
+    loss_fn.set_progress(0.5)
+    images, labels = torch.randn(3, 3, 64, 64), torch.tensor([1, 2, 3])
+    loss, student_logits, teacher_logits = loss_fn(images, labels)
+    with h.feature_hooks(loss_fn.student, loss_fn.layers) as ours, h.feature_hooks(
+            loss_fn.teacher, loss_fn.layers) as theirs:
+        loss_fn.student(images), loss_fn.teacher(images)
+    wanted = (10 / 16 * F.cross_entropy(student_logits, labels)
+              + 10 / 4 * 3 / 4 * h.loss_fn_kd(student_logits, labels, teacher_logits, 1.0, 20.0)
+              + sum(w * F.smooth_l1_loss(ours[f"layer{i}"], theirs[f"layer{i}"]) for i, w in ((1, 3), (2, 2), (3, 1))))
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_constant_schedule_equals_loss_fn_kd(teacher_file):
+    cfg = h.get_config("medium", image_size=64)
+    loss_fn = h.DistillLoss(cfg, h.build_student(cfg), h.load_teacher(teacher_file)).eval()
+    images, labels = torch.randn(3, 3, 64, 64), torch.tensor([1, 2, 3])
+    loss, student_logits, teacher_logits = loss_fn(images, labels)
+    assert loss.item() == pytest.approx(h.loss_fn_kd(student_logits, labels, teacher_logits, 0.5, 20.0).item(),
+                                        rel=1e-5)
+
+
+def test_only_student_and_adapters_are_parameters(teacher_file):
+    loss_fn = boss_loss(teacher_file, widths=(32, 64, 128))
+    ids = {id(p) for p in loss_fn.parameters()}
+    assert not ids & {id(p) for p in loss_fn.teacher.parameters()}
+    assert {k.split(".")[0] for k in loss_fn.state_dict()} == {"student", "adapters"}
+    assert [loss_fn.adapters[f"layer{i}"].weight.shape[:2] for i in (1, 2, 3)] == [(64, 32), (128, 64), (256, 128)]
+    assert h.check_budget(loss_fn.student) < h.PARAM_LIMIT
+
+
+def test_train_mode_never_reaches_the_teacher(teacher_file):
+    loss_fn = boss_loss(teacher_file)
+    loss_fn.set_progress(0.5)
+    before = h.state_checksum(loss_fn.teacher)
+    loss_fn.train()(torch.randn(4, 3, 64, 64), torch.arange(4))[0].backward()
+    assert not any(m.training for m in loss_fn.teacher.modules()) and h.state_checksum(loss_fn.teacher) == before
+    assert all(p.grad is None for p in loss_fn.teacher.parameters())
+    assert all(p.grad is not None for p in loss_fn.student.parameters())
+
+
+def test_hooks_live_for_one_call(teacher_file):
+    loss_fn = boss_loss(teacher_file)
+    with pytest.raises(RuntimeError):
+        loss_fn(torch.randn(1, 5, 64, 64), torch.zeros(1).long())
+    loss_fn(torch.randn(2, 3, 64, 64), torch.zeros(2).long())
+    assert not any(m._forward_hooks for net in (loss_fn.student, loss_fn.teacher) for m in net.modules())
+
+
+def test_the_teacher_does_not_run_when_nothing_needs_it(teacher_file):
+    teacher = h.load_teacher(teacher_file)
+    teacher.forward = lambda x: pytest.fail("the teacher ran")
+    images, labels = torch.randn(2, 3, 64, 64), torch.zeros(2).long()
+    for cfg, stored in ((h.get_config("simple", image_size=64), None),
+                        (h.get_config("medium", image_size=64, alpha=0), None),
+                        (h.get_config("medium", image_size=64), torch.zeros(2, 11))):
+        h.DistillLoss(cfg, h.build_student(cfg), teacher)(images, labels, stored)
+
+
+def test_a_missing_teacher_and_other_feature_sizes_are_said(teacher_file):
+    cfg = h.get_config("boss", image_size=64)
+    with pytest.raises(h.UserError, match="boss needs a teacher.*--teacher"):
+        h.DistillLoss(cfg, h.build_student(cfg))
+    with pytest.raises(h.UserError, match="layer2 of the student is 16 px, the teacher's is 8 px"):
+        boss_loss(teacher_file, strides=(1, 1, 2))
+
+
+# --- check_loss_fn_kd ------------------------------------------------------------------------------------------------
+
+
+def test_check_loss_fn_kd_says_right(capsys):
+    assert h.check_loss_fn_kd(h.loss_fn_kd)
+    assert capsys.readouterr().out.startswith("Right")
+
+    def own(s, labels, t, alpha, temperature):
+        p, q = (t / temperature).softmax(1), (s / temperature).log_softmax(1)
+        kl = (p * (p.log() - q)).sum(1).mean()
+        return alpha * temperature**2 * kl + (1 - alpha) * F.cross_entropy(s, labels)
+
+    assert h.check_loss_fn_kd(own)
+
+
+@pytest.mark.parametrize(("hint", "mistaken"), h.KD_MISTAKES.items())
+def test_check_loss_fn_kd_names_each_known_mistake(capsys, hint, mistaken):
+    assert not h.check_loss_fn_kd(mistaken)
+    assert hint in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:reduction")
+def test_a_known_mistake_by_hand(capsys):
+    def mean(s, labels, t, alpha, temperature):
+        soft = F.kl_div((s / temperature).log_softmax(1), (t / temperature).softmax(1), reduction="mean")
+        return alpha * temperature**2 * soft + (1 - alpha) * F.cross_entropy(s, labels)
+
+    assert not h.check_loss_fn_kd(mean)
+    assert "11 times too small" in capsys.readouterr().out
+
+
+def test_check_loss_fn_kd_with_something_else(capsys):
+    assert not h.check_loss_fn_kd(lambda *case: torch.tensor(1.0))
+    assert "wanted is" in capsys.readouterr().out
+    assert not h.check_loss_fn_kd(lambda *case: 1 / 0)
+    assert "ZeroDivisionError" in capsys.readouterr().out

@@ -1,0 +1,177 @@
+"""Configuration, the command line's KEY=VALUE, files written whole, and files that are not trusted."""
+
+import dataclasses
+import pickle
+import random
+
+import pytest
+import torch
+
+import helpers as h
+
+
+def test_published_values_of_the_stages():
+    simple, medium, boss = (h.STAGES[name] for name in ("simple", "medium", "boss"))
+    assert (simple.n_epochs, simple.loss_fn_type, simple.batch_size, simple.lr) == (10, "CE", 64, 3e-4)
+    assert (simple.seed, simple.weight_decay, simple.grad_norm_max, simple.patience) == (20220013, 1e-5, 10, 300)
+    assert (medium.loss_fn_type, medium.alpha, medium.temperature, medium.n_epochs) == ("KD", 0.5, 20.0, 700)
+    assert (boss.batch_size, boss.lr, boss.n_epochs, boss.patience) == (128, 1e-3, 600, 60)
+    assert boss.crop_scale == (0.7, 1.0) and (boss.hflip, boss.vflip, boss.rotation, boss.affine) == (0.5, 0.5, 180, 30)
+    assert boss.align_weights == (3, 2, 1) and boss.loss_schedule == "handover"
+    assert [cfg.needs_teacher for cfg in h.STAGES.values()] == [False, True, True, True]
+
+
+def test_get_config_overrides_and_refuses_unknown_names(monkeypatch):
+    monkeypatch.delenv("HW13_FAST")
+    assert h.get_config("boss", n_epochs=5).n_epochs == 5
+    assert h.get_config("boss") == h.STAGES["boss"]
+    with pytest.raises(TypeError):
+        h.get_config("boss", epochs=5)
+    with pytest.raises(h.UserError, match="the stages are simple, medium"):
+        h.get_config("bos")
+
+
+@pytest.mark.parametrize(("length", "simple", "boss"), [("full", 10, 600), ("lesson", 10, 60), ("quick", 4, 6)])
+def test_length_scales_the_epochs(monkeypatch, length, simple, boss):
+    monkeypatch.delenv("HW13_FAST")
+    assert h.get_config("simple", length).n_epochs == simple
+    assert h.get_config("boss", length).n_epochs == boss
+
+
+def test_fast_wins_over_length():
+    assert h.get_config("boss", "full").n_epochs == 1
+
+
+def test_unknown_length_is_named(monkeypatch):
+    monkeypatch.delenv("HW13_FAST")
+    with pytest.raises(h.UserError, match="full, lesson, quick"):
+        h.get_config("boss", "long")
+
+
+def test_diff_configs_prints_only_what_changes(capsys):
+    h.diff_configs(h.STAGES["simple"], h.STAGES["medium"])
+    out = capsys.readouterr().out
+    assert "loss_fn_type" in out and "n_epochs" in out and "700" in out and "batch_size" not in out
+    h.diff_configs(h.STAGES["simple"], h.STAGES["simple"])
+    assert capsys.readouterr().out == "no difference\n"
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("image_size", 39), ("image_size", 513), ("image_size", 64.5), ("image_size", 64.0), ("image_size", True),
+    ("lr", float("nan")), ("lr", -1.0), ("lr", "fast"), ("alpha", 1.1), ("temperature", 0), ("loss_fn_type", "kd"), ("student", "vit"),
+    ("widths", (64, "a")), ("widths", 64), ("crop_scale", (0.9, 0.1)), ("crop_scale", (0.5,)), ("kernel_size", 4),
+    ("exp_name", "../up"), ("exp_name", ""), ("batch_size", 1), ("n_epochs", 0), ("amp", None), ("optimizer", "lion"),
+])
+def test_a_wrong_value_names_key_value_and_what_is_allowed(key, value):
+    with pytest.raises(h.UserError, match=rf"{key}=.*allowed") as error:
+        h.Config(**{key: value})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("settings", [
+    {"widths": (8, 8)}, {"align_weights": (1, 1, 1)}, {"align_weights": (1, 1, 1, 1), "loss_fn_type": "KD",
+                                                       "student": "dwpw"},
+    {"rotation": 10.0}, {"vflip": 0.5},
+    {"teacher_views": 2, "align_weights": (1,), "loss_fn_type": "KD", "student": "dwpw"},
+])
+def test_settings_that_do_not_go_together(settings):
+    with pytest.raises(h.UserError, match="allowed"):
+        h.Config(**settings)
+
+
+def test_random_values_give_one_sentence_or_a_usable_config():
+    rng = random.Random(0)
+    values = [None, True, -1, 0, 1, 7, 2**40, -0.5, 0.3, 1e9, float("inf"), "", "CE", "x" * 100, (), (1,), (0.5, 0.2),
+              (1, 2, 3), [64, 64, 64], {}, object(), b"1", ("a",), float("nan"), (None, None), (True, 1)]
+    fields = [f.name for f in dataclasses.fields(h.Config)]
+    refused = 0
+    for _ in range(3000):
+        settings = {rng.choice(fields): rng.choice(values) for _ in range(rng.randint(1, 3))}
+        try:
+            cfg = h.Config(**settings)
+        except h.UserError as error:
+            refused += 1
+            assert "allowed" in str(error) and "\n" not in str(error)
+        else:
+            for f in dataclasses.fields(cfg):
+                assert type(getattr(cfg, f.name)) is type(f.default)
+    assert refused > 1000
+
+
+@pytest.mark.parametrize(("text", "value"), [
+    ("n_epochs=2", ("n_epochs", 2)), ("lr = 1e-3", ("lr", 1e-3)), ("widths=8,16,32", ("widths", (8, 16, 32))),
+    ("crop_scale=(0.5,1)", ("crop_scale", (0.5, 1.0))), ("crop_scale=()", ("crop_scale", ())),
+    ("optimizer=sgd", ("optimizer", "sgd")), ("alpha=1", ("alpha", 1.0)), ("exp_name=7", ("exp_name", "7")),
+    ("widths=64", ("widths", (64,))),
+])
+def test_parse_setting(text, value):
+    assert h.parse_setting(text) == value
+
+
+@pytest.mark.parametrize("text", ["n_epochs", "epochs=2", "n_epochs=two", "n_epochs=2.5", "=3", "lr=", "lr=__import__"])
+def test_parse_setting_refuses(text):
+    with pytest.raises(h.UserError):
+        h.parse_setting(text)
+
+
+def test_written_whole_leaves_the_old_file_when_the_writer_fails(tmp_path):
+    path = tmp_path / "a" / "file.txt"
+    h.write_text(path, "old")
+    with pytest.raises(RuntimeError), h.written_whole(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and [p.name for p in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_written_whole_says_so_where_it_cannot_write(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(h.UserError, match="cannot be written"):
+        h.write_text(tmp_path / "file" / "below.txt", "text")
+
+
+class _Evil:
+    def __reduce__(self):
+        return (open, ("hacked.txt", "w"))
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_pickle_that_would_run_code_is_not_loaded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"weight": _Evil()}, "evil.ckpt")
+    (tmp_path / "evil.pkl").write_bytes(pickle.dumps(_Evil()))
+    for name in ("evil.ckpt", "evil.pkl"):
+        with pytest.raises(h.UserError, match="not loaded"):
+            h.load_file(name)
+        with pytest.raises(h.UserError, match="not loaded"):
+            h.load_teacher(name)
+    assert not (tmp_path / "hacked.txt").exists()
+
+
+def test_a_truncated_checkpoint_is_named(tmp_path):
+    torch.save({"a": torch.zeros(1000)}, tmp_path / "a.ckpt")
+    (tmp_path / "b.ckpt").write_bytes((tmp_path / "a.ckpt").read_bytes()[:1500])
+    with pytest.raises(h.UserError, match="damaged"):
+        h.load_file(tmp_path / "b.ckpt")
+    with pytest.raises(h.UserError, match="no file"):
+        h.load_file(tmp_path / "c.ckpt")
+
+
+def test_amp_asks_the_capability_not_the_emulation(monkeypatch):
+    device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *a: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: (7, 5))
+    assert h.amp_dtype(device) is torch.float16
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: (9, 0))
+    assert h.amp_dtype(device) is torch.bfloat16
+    assert h.amp_dtype(device, "off") is None
+
+
+def test_a_gpu_that_runs_no_kernel_is_named(monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda d: "Tesla P100")
+    monkeypatch.setattr(torch, "ones", broken)
+    with pytest.raises(h.UserError, match="Tesla P100 cannot run torch"):
+        h.pick_device()

@@ -1,0 +1,151 @@
+"""Students, the parameter limit, and the teacher's file."""
+
+from collections import OrderedDict
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import helpers as h
+
+
+def test_the_sample_net_is_the_courses():
+    net = h.build_student(h.STAGES["simple"])
+    assert h.check_budget(net) == 59_723 and round(h.count_macs(net, 224) / 1e6) == 272
+    assert net(torch.zeros(1, 3, 40, 40)).shape == (1, 11)
+
+
+def test_the_plain_dwpw_net_sits_at_the_teachers_feature_sizes():
+    cfg = h.STAGES["boss"]
+    net, teacher = h.build_student(cfg), h.build_student(h.Config(student="resnet18"))
+    assert h.check_budget(net) == 58_235
+    layers = ("layer1", "layer2", "layer3")
+    ours, theirs = (h.feature_shapes(m, layers, 224) for m in (net, teacher))
+    assert ours == {"layer1": (64, 56, 56), "layer2": (128, 28, 28), "layer3": (256, 14, 14)} == theirs
+
+
+def test_the_published_boss_breaks_the_limit():
+    cfg = h.Config(student="dwpw", stem_width=64, widths=(64, 128, 256, 140), depths=(1,) * 4, strides=(1, 2, 2, 2))
+    net = h.build_student(cfg)
+    assert sum(p.numel() for p in net.parameters()) == 99_891
+    with pytest.raises(ValueError, match="99,891 parameters; the homework allows 60,000"):
+        h.check_budget(net)
+
+
+def test_dwpw_conv_is_the_courses_block():
+    block = h.dwpw_conv(8, 16)
+    assert [type(m) for m in block] == [nn.Conv2d, nn.BatchNorm2d, nn.LeakyReLU] * 2
+    assert block[0].groups == 8 and block[3].kernel_size == (1, 1) and block[2].negative_slope == 0.01
+    assert block(torch.zeros(1, 8, 10, 10)).shape == (1, 16, 5, 5)
+
+
+def test_widths_depths_strides_and_kernel_come_from_the_config():
+    cfg = h.Config(student="dwpw", stem_width=8, widths=(8, 12), depths=(2, 3), strides=(2, 1), kernel_size=5)
+    net = h.build_student(cfg)
+    assert [len(net.layer1), len(net.layer2)] == [2, 3] and net.layer2[0][0].kernel_size == (5, 5)
+    assert h.feature_shapes(net, ("layer1", "layer2"), 64) == {"layer1": (8, 8, 8), "layer2": (12, 8, 8)}
+
+
+def test_get_student_model_takes_no_argument_and_is_the_last_stages():
+    assert h.check_budget(h.get_student_model()) <= h.PARAM_LIMIT
+    last = h.build_student(list(h.STAGES.values())[-1])
+    assert h.state_checksum(h.get_student_model()) == h.state_checksum(last)
+
+
+def test_building_leaves_the_global_random_state_alone():
+    torch.manual_seed(3)
+    wanted = torch.rand(1)
+    torch.manual_seed(3)
+    h.build_student(h.STAGES["boss"])
+    assert torch.equal(torch.rand(1), wanted)
+
+
+def test_a_module_called_twice_counts_twice_and_a_bare_parameter_once():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bare = nn.Conv2d(3, 3, 3, padding=1), nn.Parameter(torch.zeros(1000))
+
+        def forward(self, x):
+            return self.conv(self.conv(x)).mean((2, 3))
+
+    net = Twice()
+    assert h.check_budget(net) == 1000 + 2 * 84
+    net.bare = nn.Parameter(torch.zeros(0))
+    assert h.check_budget(net) == 168
+    with pytest.raises(ValueError, match="allows 100"):
+        h.check_budget(net, limit=100)
+
+
+def test_a_parameter_that_no_call_meets_counts():
+    net = nn.Sequential(nn.Conv2d(3, 2, 3), h.GlobalAvgPool())
+    net.extra = nn.ParameterList([nn.Parameter(torch.zeros(70_000))])
+    net.forward = lambda x: net[1](net[0](x))
+    with pytest.raises(ValueError, match="70,056"):
+        h.check_budget(net)
+
+
+def test_counting_does_not_move_batch_norm_or_the_mode():
+    net = h.build_student(h.STAGES["boss"]).train()
+    before = h.state_checksum(net)
+    h.check_budget(net)
+    h.layer_table(net)
+    assert h.state_checksum(net) == before and all(m.training for m in net.modules())
+    assert not any(m._forward_hooks for m in net.modules())
+
+
+def test_layer_table_adds_up():
+    table = h.layer_table(h.build_student(h.STAGES["boss"]), 224)
+    assert table.loc["all", "parameters"] == 58_235 == table["parameters"][:-1].sum()
+    assert table.loc["stem.0", "multiply-adds"] == 112 * 112 * 48 * 147
+
+
+# --- the teacher -----------------------------------------------------------------------------------------------------
+
+
+def test_the_teacher_is_frozen_from_the_first_line(teacher_file):
+    teacher = h.load_teacher(teacher_file)
+    assert isinstance(teacher, torchvision.models.ResNet) and not any(m.training for m in teacher.modules())
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert sum(p.numel() for p in teacher.parameters()) == 11_182_155
+    before = h.state_checksum(teacher)
+    teacher(torch.randn(2, 3, 64, 64))
+    assert h.state_checksum(teacher) == before
+
+
+def test_a_checksum_sees_a_buffer_that_moved(teacher_file):
+    teacher = h.load_teacher(teacher_file)
+    before = h.state_checksum(teacher)
+    teacher.train()(torch.randn(2, 3, 64, 64))
+    assert h.state_checksum(teacher) != before
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda s: {"state_dict": s}, lambda s: {"model": s, "epoch": 3},
+    lambda s: {"module." + k: v for k, v in s.items()}, lambda s: {"_orig_mod." + k: v for k, v in s.items()},
+    lambda s: {"state_dict": {"module._orig_mod." + k: v for k, v in s.items()}},
+])
+def test_wrappers_and_prefixes_of_a_plain_meaning_are_taken_off(teacher_file, wrap):
+    state = h.load_weights(teacher_file)
+    wanted = h.state_checksum(h.load_teacher(teacher_file))
+    torch.save(wrap(OrderedDict(state)), teacher_file)
+    assert h.state_checksum(h.load_teacher(teacher_file)) == wanted
+
+
+@pytest.mark.parametrize(("harm", "message"), [
+    (lambda s: {k: v for k, v in s.items() if k != "fc.bias"}, "not those of resnet18"),
+    (lambda s: s | {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}, r"fc.weight has shape \(1000"),
+    (lambda s: [1, 2], "no state dict"), (lambda s: {}, "no state dict"),
+])
+def test_a_file_with_something_else_is_named(teacher_file, harm, message):
+    torch.save(harm(dict(h.load_weights(teacher_file))), teacher_file)
+    with pytest.raises(h.UserError, match=message):
+        h.load_teacher(teacher_file)
+
+
+def test_soft_labels_flatten_with_the_temperature():
+    logits = torch.tensor([[4.0, 1.0, 0.0]])
+    assert torch.allclose(h.soft_labels(logits, 1), logits.softmax(1))
+    tops = [h.soft_labels(logits, t).max().item() for t in (1, 4, 20)]
+    assert tops == sorted(tops, reverse=True) and tops[2] < 0.4

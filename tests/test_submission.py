@@ -1,0 +1,63 @@
+"""Predictions and the CSV."""
+
+import pytest
+import torch
+
+import helpers as h
+
+
+def test_written_csv_is_valid_and_as_the_homework_wants(tmp_path):
+    path = tmp_path / "a.csv"
+    h.write_submission(path, ["0000", "0001", "0002"], torch.tensor([3, 10, 0]))
+    assert path.read_text() == "Id,Category\n0000,3\n0001,10\n0002,0\n"
+    assert h.validate_submission(path, 3) == 3 == h.validate_submission(path, ["0000", "0001", "0002"])
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("", "row 1: the header is missing"),
+    ("id,category\n0000,1\n0001,1\n", "row 1: the header is id,category"),
+    ("Id,Category\n0000,1\n", "1 rows, wanted are 2"),
+    ("Id,Category\n0000,1\n0001,1\n0002,1\n", "3 rows, wanted are 2"),
+    ("Id,Category\n0001,1\n0000,1\n", "row 2: the id is '0001', wanted in this order is '0000'"),
+    ("Id,Category\n0000,1\n0000,1\n", "row 3: the id '0000' is there twice"),
+    ("Id,Category\n0,1\n1,1\n", "row 2: the id '0' is not written like '0000'"),
+    ("Id,Category\n0000,11\n0001,1\n", "row 2: the class is '11', allowed are 0 to 10"),
+    ("Id,Category\n0000,1\n0001,-1\n", "row 3: the class is '-1'"),
+    ("Id,Category\n0000,1\n0001,1.0\n", "row 3: the class is '1.0'"),
+    ("Id,Category\n0000,1\n0001,\n", "row 3: the class is ''"),
+    (",Id,Category\n0,0000,1\n", "row 1: the header"),
+    ("Id,Category\n0000,1,2\n0001,1\n", "row 2: 3 columns"),
+])
+def test_validate_names_the_first_wrong_row(tmp_path, text, message):
+    path = tmp_path / "a.csv"
+    path.write_text(text)
+    with pytest.raises(h.UserError, match=message):
+        h.validate_submission(path, 2)
+
+
+def test_validate_other_files(tmp_path):
+    with pytest.raises(h.UserError, match="no file"):
+        h.validate_submission(tmp_path / "none.csv", 2)
+    (tmp_path / "a.csv").write_bytes(b"\xff\xfe\x00Id")
+    with pytest.raises(h.UserError, match="UTF-8"):
+        h.validate_submission(tmp_path / "a.csv", 2)
+
+
+def test_predictions_follow_the_ids(food):
+    cfg = h.get_config("simple", image_size=64)
+    split = h.load_data(h.find_data(food), "evaluation", "eval", 64)
+    student = h.freeze(h.build_student(cfg))
+    classes = h.predict(student, split, cfg)
+    one_by_one = torch.stack([student(h.normalize(image[None]))[0].argmax() for image in split.images])
+    assert torch.equal(classes, one_by_one)
+
+
+def test_tta_is_deterministic_and_averages_the_mirror_image(food):
+    cfg = h.get_config("simple", image_size=64)
+    split = h.load_data(h.find_data(food), "evaluation", "eval", 64)
+    student = h.freeze(h.build_student(cfg))
+    x = h.normalize(split.images)
+    wanted = (student(x).softmax(1) + student(x.flip(3)).softmax(1)) / 2
+    loader = h.BatchLoader(split, cfg, "cpu", batch_size=2)
+    assert torch.allclose(h.tta_logits(student, loader), wanted, atol=1e-5)
+    assert torch.equal(h.predict(student, split, cfg, tta=True), wanted.argmax(1))
