@@ -49,6 +49,12 @@ def test_the_eval_view_equals_the_reference_transform_bit_for_bit(food, image_si
 # --- the warp --------------------------------------------------------------------------------------------------------
 
 
+def test_coordinates_are_those_of_affine_grid():
+    matrices = torch.randn(3, 2, 3)
+    wanted = torch.nn.functional.affine_grid(matrices, (3, 1, 7, 7), align_corners=False).permute(0, 3, 1, 2)
+    assert torch.allclose(h.coordinates(matrices, 7), wanted, atol=1e-5)
+
+
 def test_warp_identity_and_flips():
     image = pixels(smooth_picture(64))[None]
     assert (h.warp(image, affine([[1, 0, 0], [0, 1, 0]]), 64) - image).abs().max() < 0.02

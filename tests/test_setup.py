@@ -58,7 +58,8 @@ def test_diff_configs_prints_only_what_changes(capsys):
 
 @pytest.mark.parametrize(("key", "value"), [
     ("image_size", 39), ("image_size", 513), ("image_size", 64.5), ("image_size", 64.0), ("image_size", True),
-    ("lr", float("nan")), ("lr", -1.0), ("lr", "fast"), ("alpha", 1.1), ("temperature", 0), ("loss_fn_type", "kd"), ("student", "vit"),
+    ("lr", float("nan")), ("lr", -1.0), ("lr", "fast"), ("alpha", 1.1), ("temperature", 0),
+    ("loss_fn_type", "kd"), ("student", "vit"),
     ("widths", (64, "a")), ("widths", 64), ("crop_scale", (0.9, 0.1)), ("crop_scale", (0.5,)), ("kernel_size", 4),
     ("exp_name", "../up"), ("exp_name", ""), ("batch_size", 1), ("n_epochs", 0), ("amp", None), ("optimizer", "lion"),
 ])

@@ -230,14 +230,19 @@ def test_stored_views_of_something_else_are_refused(food, teacher_file):
     views = h.TeacherViews(cfg, train.split, "teacher a")
     assert h.TeacherViews(cfg, train.split, "teacher b").path != views.path
     assert h.TeacherViews(dataclasses.replace(cfg, rotation=10.0), train.split, "teacher a").path != views.path
-    raw = bytearray(views.path.read_bytes())
-    raw[0] = ord("x")
-    views.path.write_bytes(raw)
-    with pytest.raises(h.UserError, match="other pictures or settings"):
-        h.TeacherViews(cfg, train.split, "teacher a")
-    views.path.write_bytes(raw[:-4])
-    with pytest.raises(h.UserError, match="wrong size"):
-        h.TeacherViews(cfg, train.split, "teacher a")
+    raw = views.path.read_bytes()
+    for harm in (b"x" + raw[1:], raw[:-4]):
+        views.path.write_bytes(harm)
+        with pytest.raises(h.UserError, match="other pictures or settings"):
+            h.TeacherViews(cfg, train.split, "teacher a")
+
+
+def test_stored_views_go_on_after_a_kill(food):
+    cfg, _, train, _, _ = prepared(food, align_weights=(), teacher_views=2)
+    h.TeacherViews(cfg, train.split, "teacher c").write(1, torch.tensor([3, 5]), torch.ones(2, 11))
+    again = h.TeacherViews(cfg, train.split, "teacher c")
+    assert torch.equal(again.read(1, torch.tensor([5]), "cpu"), torch.ones(1, 11))
+    assert again.read(1, torch.tensor([4, 5]), "cpu") is None and again.read(0, torch.tensor([5]), "cpu") is None
 
 
 # --- stages ----------------------------------------------------------------------------------------------------------
