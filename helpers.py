@@ -264,8 +264,9 @@ def show_source(function):
     source = inspect.getsource(function)
     if not in_notebook():
         return source
-    from IPython.display import Markdown
-    return Markdown(f"```python\n{source}```")
+    from IPython.display import HTML, Code
+    # nbconvert lets <pre> in an output inherit its font, so the font is named around it.
+    return HTML(f'<div style="font-family:monospace">{Code(source, language="python")._repr_html_()}</div>')
 
 
 def in_notebook():
@@ -826,7 +827,7 @@ def draw_dish(label, rng):
     spot, extent = rng.uniform(0, 70, 2), rng.uniform(12, 34)
     draw.rectangle([*spot, *(spot + extent)], colour(rng.integers(60, 220, 3), 0))
     canvas = canvas.rotate(rng.uniform(-35, 35), Image.Resampling.BILINEAR, fillcolor=tuple(table.tolist()))
-    pixels = np.asarray(canvas, dtype=np.float32) + rng.normal(0, 14, (96, 96, 3))
+    pixels = np.asarray(canvas, dtype=np.float32) + rng.normal(0, 8, (96, 96, 3))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).resize(tuple(rng.integers(72, 113, 2).tolist()))
 
 
@@ -2073,7 +2074,7 @@ def stage_style(name):
 
 def _figure(title, rows=1, columns=1, width=8.0, height=3.2):
     """(Figure, (rows, columns) array of Axes); closed in pyplot, so that a notebook shows it once, as a value."""
-    figure = plt.figure(figsize=(width, height), layout="constrained")
+    figure = plt.figure(figsize=(width, height), dpi=80, layout="constrained")
     plt.close(figure)
     figure.suptitle(title, fontsize=11)
     return figure, figure.subplots(rows, columns, squeeze=False)
@@ -2194,7 +2195,7 @@ def plot_by_class(labels, predictions, origin):
         axes[0, 0].bar(places, accuracy, width, label=name, color=stage_style(name)["color"], edgecolor="black")
     axes[0, 0].set_xticks(range(NUM_CLASSES), CLASS_NAMES, rotation=30, ha="right", fontsize=8)
     axes[0, 0].set_ylim(0, 1)
-    axes[0, 0].legend(fontsize=8, ncols=len(predictions), loc="upper center", bbox_to_anchor=(0.5, 1.18))
+    axes[0, 0].legend(fontsize=8, ncols=len(predictions), loc="lower center")
     return figure
 
 
