@@ -64,18 +64,17 @@ PARAM_LIMIT = 60_000
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 HOMEWORK_COUNTS = {"training": 9993, "validation": 4432, "evaluation": 2218}
-# What the re-built solution scored on Kaggle, and the homework's four baselines.
+# What the re-built solution scored on Kaggle.
 PUBLISHED_SCORES = {"simple": 0.45807, "medium": 0.75202, "boss": 0.82687}
-BASELINES = {"Simple": 0.46528, "Medium": 0.69161, "Strong": 0.78629, "Boss": 0.82146}
 
 
 class UserError(ValueError):
     """A mistake that the user can mend. The message is one sentence; the command line prints it and exits with 2."""
 
 
-def _key(default, help, low=None, high=None, choices=None):
-    """One Config key: its default, what it means, and which values are allowed."""
-    return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
+def _key(default, meaning, low=None, high=None, choices=None):
+    """One Config key: its default, what it means (for the reader alone), and which values are allowed."""
+    return field(default=default, metadata={"low": low, "high": high, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -185,7 +184,7 @@ def parse_setting(text):
         raise UserError(f"--set {text}: write KEY=VALUE, for example n_epochs=2; the keys are {', '.join(fields)}")
     kind = type(fields[key].default)
     if kind is not str:
-        with contextlib.suppress(ValueError, SyntaxError):  # what is no number stays text, and is refused below
+        with contextlib.suppress(ValueError, SyntaxError, TypeError):  # what is no number stays text: refused below
             value = ast.literal_eval(value)
         value = (value,) if kind is tuple and not isinstance(value, tuple) else value
     return key, _checked(fields[key], value)
@@ -295,17 +294,15 @@ class _CellDisplay(io.TextIOBase):
         return len(text)
 
 
-def progress_bar(total, desc, unit="img"):
-    """One tqdm bar with an ETA: in a notebook a line that redraws itself, on a terminal on stderr, silent off rank 0.
+def progress_bar(total, desc, initial=0):
+    """One tqdm bar of images with an ETA: in a notebook a line that redraws itself, else on stderr; off on rank > 0.
 
     It is plain tqdm on purpose: tqdm.auto's widgets and worker processes that fork in a notebook do not get on, and
     widgets are lost when the notebook is rendered.
     """
-    disable = rank_and_world()[0] != 0
-    if in_notebook():
-        return tqdm(total=total, desc=desc, unit=unit, file=_CellDisplay(), ncols=120, mininterval=0.5, disable=disable)
-    return tqdm(total=total, desc=desc, unit=unit, file=sys.stderr, dynamic_ncols=True, disable=disable,
-                mininterval=0.5 if sys.stderr.isatty() else 30.0)
+    place = {"file": _CellDisplay(), "ncols": 120, "mininterval": 0.5} if in_notebook() else {
+        "file": sys.stderr, "dynamic_ncols": True, "mininterval": 0.5 if sys.stderr.isatty() else 30.0}
+    return tqdm(total=total, desc=desc, initial=initial, unit="img", disable=rank_and_world()[0] != 0, **place)
 
 
 def rank_and_world():
@@ -331,6 +328,8 @@ def pick_device():
         _keep_freed_memory()
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if device.index >= torch.cuda.device_count():
+        raise UserError(f"there are {torch.cuda.device_count()} GPUs: start at most as many processes")
     try:
         torch.ones(1, device=device).add_(1).item()
     except RuntimeError as error:
@@ -382,6 +381,13 @@ def written_whole(path):
             temporary.unlink()
 
 
+def check_writable(folder):
+    """UserError unless `folder`, or the first folder above it that exists, can be written to; nothing is made."""
+    there = next(p for p in (Path(folder).absolute(), *Path(folder).absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"{folder} cannot be written to: {there} is {'read-only' if there.is_dir() else 'a file'}")
+
+
 def write_text(path, text):
     """Write a text file whole or not at all."""
     with written_whole(path) as temporary:
@@ -389,9 +395,11 @@ def write_text(path, text):
 
 
 def save_checkpoint(obj, path):
-    """torch.save, whole or not at all."""
+    """torch.save, whole or not at all. (Through memory: torch reports a full disk as no OSError.)"""
+    buffer = io.BytesIO()
+    torch.save(obj, buffer)
     with written_whole(path) as temporary:
-        torch.save(obj, temporary)
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def load_file(path):
@@ -477,7 +485,7 @@ def find_data(root=None):
     """
     named = root or os.environ.get("HW13_DATA")
     if named:
-        return read_folder(_splits_folder(Path(named)))
+        return read_folder(named)
     mounts = _kaggle_mounts()
     if mounts:
         return read_folder(mounts[0])
@@ -490,14 +498,6 @@ def find_data(root=None):
     return None
 
 
-def _splits_folder(folder):
-    """`folder` itself, or the Food-11 folder in it."""
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}")
-    inner = folder / "Food-11"
-    return inner if inner.is_dir() and not (folder / "training").is_dir() else folder
-
-
 def _kaggle_mounts():
     """Folders under /kaggle/input that hold training/ and validation/, the competition's first."""
     found = []
@@ -505,11 +505,7 @@ def _kaggle_mounts():
         if {"training", "validation"} <= set(names):
             found.append(Path(folder))
         names[:] = sorted(n for n in names if n not in SPLITS and not n.startswith("."))
-
-    def rank(folder):
-        return COMPETITION not in folder.parts, str(folder)
-
-    return sorted(found, key=rank)
+    return sorted(found, key=lambda folder: (COMPETITION not in folder.parts, str(folder)))
 
 
 def read_folder(root):
@@ -519,6 +515,9 @@ def read_folder(root):
     evaluation files with one id.
     """
     root, ignored, splits = Path(root), [], {}
+    if not root.is_dir():
+        raise UserError(f"there is no folder {root}")
+    root = root / "Food-11" if (root / "Food-11").is_dir() and not (root / "training").is_dir() else root
     for split in SPLITS:
         if not (root / split).is_dir():
             raise UserError(f"{root} has no folder '{split}'; wanted are {', '.join(SPLITS)}")
@@ -602,16 +601,12 @@ def open_image(path):
     Raises UserError naming the file where it cannot be decoded or is a decompression bomb.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd EXIF and palette bytes; a bomb is an error below
-            with Image.open(path) as image:
-                if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                    raise UserError(f"{path} is refused: {image.width} x {image.height} pixels is a decompression bomb")
-                if image.mode.startswith("I"):  # 16 bit: PIL would clip it to white
-                    image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-                return ImageOps.exif_transpose(image).convert("RGB")
-    except UserError:
-        raise
+        with Image.open(path) as image:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels is a decompression bomb")
+            if image.mode.startswith("I"):  # 16 bit: PIL would clip it to white
+                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+            return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, ... for broken files
         raise UserError(f"{path} cannot be decoded ({type(error).__name__}: {error})") from None
 
@@ -707,7 +702,7 @@ def load_data(data, split, view, image_size):
     n = len(files)
     if not (path.is_file() and path.stat().st_size == _cache_bytes(n, side)) and rank_and_world()[0] == 0:
         _decode_all(data, split, view, image_size, path)
-    _barrier()
+    _collective("barrier")
     header, images = _map_cache(path, n, side)
     good = header["good"].bool()
     keep = torch.arange(n)[good]
@@ -720,9 +715,11 @@ def _cache_bytes(n, side):
     return -(-5 * n // 4096) * 4096 + n * 3 * side * side
 
 
-def _map_cache(path, n, side, writable=False):
+def _map_cache(path, n, side, mode="r"):
     """({"aspect": (n,) float32, "good": (n,) uint8}, images (n, 3, side, side) uint8) mapped from a cache file."""
-    flat = torch.from_file(str(path), shared=writable, size=_cache_bytes(n, side), dtype=torch.uint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that a mapping made for reading cannot be written to
+        flat = torch.from_numpy(np.memmap(path, np.uint8, mode, shape=_cache_bytes(n, side)))
     pixels = flat[len(flat) - n * 3 * side * side:].view(n, 3, side, side)
     return {"aspect": flat[:4 * n].view(torch.float32), "good": flat[4 * n:5 * n]}, pixels
 
@@ -737,9 +734,7 @@ def _decode_all(data, split, view, image_size, path):
         eval_transform(image_size))
     bad = {}
     with written_whole(path) as temporary:
-        temporary.touch()
-        os.truncate(temporary, size)
-        header, images = _map_cache(temporary, len(files), side, writable=True)
+        header, images = _map_cache(temporary, len(files), side, "w+")
         header["good"].fill_(1)
 
         def store(i, image):
@@ -752,47 +747,46 @@ def _decode_all(data, split, view, image_size, path):
             except UserError as error:
                 bad[i] = str(error)
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool, progress_bar(len(files), f"decode {split}") as bar:
+        with (warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool,
+              progress_bar(len(files), f"decode {split}") as bar):
+            warnings.simplefilter("ignore")  # odd EXIF and palette bytes; what cannot be decoded is named below
             for _ in pool.map(decode, range(len(files))):
                 bar.update()
-        if bad and split == "evaluation":
-            _rescue(files, bad, store)
+        if split == "evaluation":
+            for i in sorted(bad):
+                image, how = _rescue(files[i])
+                store(i, image)
+                say(f"WARNING: {bad[i]}; {how}, so that its row stays in the CSV")
         elif bad:
-            _leave_out(files, bad, header, images)
+            _leave_out(bad, header["good"], images)
 
 
-def _rescue(files, bad, store):
-    """Evaluation images that would not decode: as far as they go, else grey. Every one is named; none is dropped."""
-    grey = Image.new("RGB", (256, 256), (NEUTRAL_GREY,) * 3)
-    for i in sorted(bad):
-        ImageFile.LOAD_TRUNCATED_IMAGES = True
-        try:
-            store(i, open_image(files[i]))
-            how = "decoded as far as it goes"
-        except UserError:
-            store(i, grey)
-            how = "replaced by a grey picture"
-        finally:
-            ImageFile.LOAD_TRUNCATED_IMAGES = False
-        say(f"WARNING: {bad[i]}; {how}, so that its row stays in the CSV")
+def _rescue(path):
+    """(image, how) for an evaluation file that would not decode: as far as it goes, else grey."""
+    ImageFile.LOAD_TRUNCATED_IMAGES = True
+    try:
+        return open_image(path), "decoded as far as it goes"
+    except UserError:
+        return Image.new("RGB", (256, 256), (NEUTRAL_GREY,) * 3), "replaced by a grey picture"
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 
-def _leave_out(files, bad, header, images):
-    """Training or validation images that would not decode: named, left out, and the rest moved together."""
-    names = "; ".join(bad[i] for i in sorted(bad)[:5])
-    if len(bad) > max(1, MAX_BAD_SHARE * len(files)):
-        raise UserError(f"{len(bad)} of {len(files)} images cannot be used: {names}")
-    say(f"WARNING: left out {len(bad)} of {len(files)} images: {names}")
-    for i in bad:
-        header["good"][i] = 0
-    for to, i in enumerate(i for i in range(len(files)) if i not in bad):
+def _leave_out(bad, good, images):
+    """Training or validation images that would not decode: named, marked, and the rest moved together."""
+    text = f"{len(bad)} of {len(good)} images: {'; '.join(bad[i] for i in sorted(bad)[:5])}"
+    if len(bad) > max(1, MAX_BAD_SHARE * len(good)):
+        raise UserError(f"cannot use {text}")
+    say(f"WARNING: left out {text}")
+    good[list(bad)] = 0
+    for to, i in enumerate(good.nonzero()[:, 0].tolist()):
         images[to] = images[i].clone()
 
 
-def _barrier():
-    """Wait for the other processes of a torch.distributed run."""
+def _collective(name, *args):
+    """Call torch.distributed.<name> where there are several processes; do nothing in a single one."""
     if rank_and_world()[1] > 1:
-        torch.distributed.barrier()
+        getattr(torch.distributed, name)(*args)
 
 
 # --- the drawn demo set ----------------------------------------------------------------------------------------------
@@ -946,10 +940,16 @@ def warp(images, affine, size):
     return out
 
 
+@functools.cache
+def _mean_and_std(device):
+    """ImageNet's mean and deviation in pixels of 0..255, (3, 1, 1) each, put on a device once."""
+    return tuple(255 * torch.tensor(v, device=device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+
+
 def normalize(images):
     """Pixels in 0..255, any dtype (B, 3, H, W) -> float32 with ImageNet's mean and deviation, as the teacher wants."""
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    return torch.addcmul(-mean / std, images, 1 / (255 * std))
+    mean, std = _mean_and_std(images.device)
+    return torch.addcmul(-mean / std, images, 1 / std)
 
 
 class BatchLoader:
@@ -959,16 +959,15 @@ class BatchLoader:
     belongs to the image's row, so a resumed run sees what an uninterrupted one would. Otherwise batches come in order.
     The uint8 images move onto the GPU when they fit in half of its free memory, else they are read batch by batch
     through pinned memory. Under torch.distributed each process yields its part of every batch, unless shared=False.
-    Raises UserError where training is handed evaluation images.
+    Raises UserError where the view is not the one that the config's crop wants.
     """
 
     def __init__(self, split, cfg, device, train=False, batch_size=None, shared=True):
-        if train and split.name == "evaluation":
-            raise UserError("evaluation images are for predictions alone: they must not enter training")
         if train and (split.view == "whole") != bool(cfg.crop_scale):
             raise UserError(f"the config's crop wants the {'whole' if cfg.crop_scale else 'eval'} view, "
                             f"this split holds the {split.view} view")
-        self.split, self.cfg, self.device, self.train, self.epoch = split, cfg, torch.device(device), train, 0
+        self.dataset = self.split = split  # "dataset" as in torch's DataLoader
+        self.cfg, self.device, self.train, self.epoch = cfg, torch.device(device), train, 0
         self.batch_size = batch_size or cfg.batch_size
         self.rank, self.world = rank_and_world() if shared else (0, 1)
         self.images, self.labels = split.images, split.labels.to(self.device)
@@ -977,7 +976,8 @@ class BatchLoader:
 
     def set_epoch(self, epoch):
         """Choose the epoch whose order and views the next iteration yields."""
-        self.epoch = epoch % self.cfg.teacher_views if self.cfg.teacher_views else epoch
+        replayed = self.cfg.teacher_views and self.cfg.needs_teacher
+        self.epoch = epoch % self.cfg.teacher_views if replayed else epoch
 
     def batches(self):
         """The rows of each step, over all processes: a last batch too small to share joins the one before."""
@@ -992,55 +992,51 @@ class BatchLoader:
         return len(self.batches())
 
     def __iter__(self):
-        draw = self._draw() if self.train else None
+        draw = self._draw()
         for step in self.batches():
             rows = step.tensor_split(self.world)[self.rank]
-            images = self._views(rows, draw)
-            yield Batch(images, self.labels[rows.to(self.device)], rows, len(rows) * self.world / len(step))
+            labels = self.labels[rows.to(self.device, non_blocking=True)]
+            yield Batch(self.views_of(rows, draw), labels, rows, len(rows) * self.world / len(step))
 
-    def views_of(self, rows):
+    def views_of(self, rows, draw=None):
         """The normalised images (B, 3, S, S) of some rows as the chosen epoch shows them."""
-        return self._views(rows, self._draw() if self.train else None)
-
-    def _views(self, rows, draw):
-        images = self._pixels(rows)
-        return normalize(images if draw is None else self._augment(images, draw, rows))
+        there = rows.to(self.device, non_blocking=True)
+        if self.images.device.type == self.device.type:
+            images = self.images[there]
+        else:
+            images = self.images[rows].pin_memory().to(self.device, non_blocking=True)
+        draw = self._draw() if draw is None else draw
+        if isinstance(draw, Affine):
+            images = warp(images, Affine(draw.theta[there], tuple(f[there] for f in draw.frames)), self.cfg.image_size)
+        elif draw is not None:
+            images = torch.where(draw[there, None, None, None], images.flip(3), images)
+        return normalize(images)
 
     def _generator(self, stream):
         """A CPU generator for one of this epoch's independent random streams."""
         return torch.Generator().manual_seed(int(fingerprint(self.cfg.seed, self.epoch, stream)[:15], 16))
 
     def _draw(self):
-        """This epoch's view of every row, on the device: an Affine, or for the centre crop the flips (N,) bool."""
+        """This epoch's view of every row, on the device: an Affine; flips (N,) bool for the centre crop; or None."""
         generator = self._generator(1)
+        if not self.train:
+            return None
         if not self.cfg.crop_scale:
             return (torch.rand(len(self.split), generator=generator) < self.cfg.hflip).to(self.device)
         theta, frames = sample_affine(self.split.aspects, self.cfg, generator)
         return Affine(theta.to(self.device), tuple(f.to(self.device) for f in frames))
 
-    def _augment(self, images, draw, rows):
-        rows = rows.to(self.device)
-        if isinstance(draw, Affine):
-            return warp(images, Affine(draw.theta[rows], tuple(f[rows] for f in draw.frames)), self.cfg.image_size)
-        return torch.where(draw[rows, None, None, None], images.flip(3), images)
 
-    def _pixels(self, rows):
-        if self.images.device == self.device:
-            return self.images[rows.to(self.device)]
-        return self.images[rows].pin_memory().to(self.device, non_blocking=True)
-
-
-def measure_throughput(loader, seconds=3.0):
-    """Images a second that a loader delivers, over at least one batch after the first."""
-    n, start = 0, None
-    for images, *_ in loader:
-        if start is None:
-            start = time.perf_counter()  # the first batch pays for start-up
-            continue
-        n += len(images)
-        if time.perf_counter() - start > seconds:
-            break
-    return n / (time.perf_counter() - start) if n else float("nan")
+def measure_throughput(loader, batches=6):
+    """Images a second that a loader delivers, over some batches after the first, which pays for start-up."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    iterator = iter(loader)
+    next(iterator)
+    wait()
+    start = time.perf_counter()
+    n = sum(len(batch[0]) for batch in itertools.islice(iterator, batches))
+    wait()
+    return n / (time.perf_counter() - start)
 
 
 # =====================================================================================================================
@@ -1156,23 +1152,18 @@ def evaluation_mode(model):
 
 def _trace(model, image_size):
     """[(name, output shape, parameters, multiply-adds)] for every call of a module that has parameters of its own."""
-    calls, hooks = [], []
+    calls = []
 
-    def hook(name, module, inputs, output):
+    def record(name, module, inputs, output):
         own = sum(p.numel() for p in module.parameters(recurse=False))
-        weights_of_an_output = {nn.Conv2d: lambda m: m.weight[0].numel(), nn.Linear: lambda m: m.in_features}
-        macs = output.numel() * weights_of_an_output.get(type(module), lambda m: 0)(module)
+        macs = output.numel() * module.weight[0].numel() if isinstance(module, (nn.Conv2d, nn.Linear)) else 0
         calls.append((name or "(model)", tuple(output.shape[1:]), own, macs))
 
-    for name, module in model.named_modules():
-        if next(module.parameters(recurse=False), None) is not None:
-            hooks.append(module.register_forward_hook(functools.partial(hook, name)))
-    try:
-        with evaluation_mode(model) as device:
-            model(torch.zeros(1, 3, image_size, image_size, device=device))
-    finally:
-        for handle in hooks:
-            handle.remove()
+    with contextlib.ExitStack() as hooks, evaluation_mode(model) as device:
+        for name, module in model.named_modules():
+            if next(module.parameters(recurse=False), None) is not None:
+                hooks.callback(module.register_forward_hook(functools.partial(record, name)).remove)
+        model(torch.zeros(1, 3, image_size, image_size, device=device))
     return calls
 
 
@@ -1226,7 +1217,7 @@ def load_teacher(path, device="cpu"):
             raise UserError(f"{path} is not loaded: {key} has shape {tuple(state[key].shape)}, an 11-class "
                             f"{architecture} has {tuple(value.shape)}")
     teacher.load_state_dict(state)
-    return freeze(teacher).to(device)
+    return freeze(teacher).to(device, memory_format=torch.channels_last)
 
 
 def freeze(model):
@@ -1269,35 +1260,31 @@ def loss_fn_kd(student_logits, labels, teacher_logits, alpha=0.5, temperature=20
 
 
 def loss_weights(cfg, progress):
-    """(CE, KL, alignment) weights at progress p = (epoch + 1) / n_epochs.
+    """Weights of (CE, T^2 KL, alignment) at progress p = (epoch + 1) / n_epochs.
 
-    constant: (1 - alpha, alpha T^2, 1), which is loss_fn_kd plus the alignment. handover: the published Boss form, in
+    constant: (1 - alpha, alpha, 1), which is loss_fn_kd plus the alignment. handover: the published Boss form, in
     which alignment leads and the labels take over: 10 p^2 (p^2 CE + (1 - p^2) T^2 KL) + alignment.
     """
     if cfg.loss_fn_type == "CE":
         return 1.0, 0.0, 0.0
-    t2, p2 = cfg.temperature**2, progress**2
     if cfg.loss_schedule == "handover":
-        return 10 * p2 * p2, 10 * p2 * (1 - p2) * t2, 1.0
-    return 1 - cfg.alpha, cfg.alpha * t2, 1.0
+        return 10 * progress**4, 10 * progress**2 * (1 - progress**2), 1.0
+    return 1 - cfg.alpha, cfg.alpha, 1.0
 
 
 @contextlib.contextmanager
 def feature_hooks(model, layers):
     """A dict that a forward pass inside the block fills with the outputs of the named layers; no hook outlives it."""
-    features, modules = {}, dict(model.named_modules())
+    features = {}
 
-    def keep(name):
-        def hook(module, inputs, output):
-            features[name] = output
-        return hook
+    def keep(name, module, inputs, output):
+        features[name] = output
 
-    hooks = [modules[name].register_forward_hook(keep(name)) for name in layers]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name in layers:
+            handle = model.get_submodule(name).register_forward_hook(functools.partial(keep, name))
+            hooks.callback(handle.remove)
         yield features
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def alignment(student_maps, teacher_maps, weights, adapters):
@@ -1305,7 +1292,7 @@ def alignment(student_maps, teacher_maps, weights, adapters):
 
     A layer whose weight is zero is left out. Layer-wise supervision after Romero et al. 2015 (FitNets).
     """
-    terms = [weight * F.smooth_l1_loss(adapters[name](student_maps[name]).float(), teacher_maps[name].float())
+    terms = [weight * F.smooth_l1_loss(adapters[name](student_maps[name].float()), teacher_maps[name].float())
              for name, weight in weights.items() if weight]
     return sum(terms)
 
@@ -1326,14 +1313,10 @@ class DistillLoss(nn.Module):
             raise UserError(f"stage {cfg.exp_name} needs a teacher: put {TEACHER_FILE} into the data folder, or name "
                             "a file with --teacher")
         self.cfg, self.student, self.dtype = cfg, student, dtype
-        self._teacher = (teacher,)  # in a tuple: its weights are nobody's parameters
+        self.__dict__["teacher"] = teacher  # past nn.Module's notice: its weights are nobody's parameters
         self.layers = {f"layer{i}": w for i, w in enumerate(cfg.align_weights, 1) if w}
-        self.adapters = nn.ModuleDict(self._build_adapters())
+        self.adapters = nn.ModuleDict(dict(self._adapters()))
         self.set_progress(0.0)
-
-    @property
-    def teacher(self):
-        return self._teacher[0]
 
     def set_progress(self, progress):
         """Choose the weights for progress p = (epoch + 1) / n_epochs."""
@@ -1354,8 +1337,7 @@ class DistillLoss(nn.Module):
                 teacher_logits = self.teacher(images)
         loss = 0.0
         if self.w_kl:
-            loss = self.w_kl * loss_fn_kd(student_logits, labels, teacher_logits, 1.0, self.cfg.temperature) / (
-                self.cfg.temperature**2)
+            loss = self.w_kl * loss_fn_kd(student_logits, labels, teacher_logits, 1.0, self.cfg.temperature)
         if self.w_ce:
             loss = loss + self.w_ce * F.cross_entropy(student_logits.float(), labels)
         if self.layers:
@@ -1365,21 +1347,17 @@ class DistillLoss(nn.Module):
     def _autocast(self, images):
         return torch.autocast(images.device.type, self.dtype, enabled=self.dtype is not None)
 
-    def _build_adapters(self):
-        if not self.layers:
-            return {}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.cfg.seed)
-            ours, theirs = (feature_shapes(net, self.layers, self.cfg.image_size)
-                            for net in (self.student, self.teacher))
-            adapters = {}
-            for name in self.layers:
-                if ours[name][1:] != theirs[name][1:]:
-                    raise UserError(f"{name} of the student is {ours[name][1]} px, the teacher's is "
-                                    f"{theirs[name][1]} px: choose strides that agree or set its align_weight to 0")
-                same = ours[name][0] == theirs[name][0]
-                adapters[name] = nn.Identity() if same else nn.Conv2d(ours[name][0], theirs[name][0], 1)
-            return adapters
+    def _adapters(self):
+        ours, theirs = (feature_shapes(net, self.layers, self.cfg.image_size) if self.layers else {}
+                        for net in (self.student, self.teacher))
+        for name, (channels, *size) in ours.items():
+            wanted, *teacher_size = theirs[name]
+            if size != teacher_size:
+                raise UserError(f"{name} of the student is {size[0]} px, the teacher's is {teacher_size[0]} px: "
+                                "choose strides that agree or set its align_weight to 0")
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.cfg.seed)
+                yield name, nn.Identity() if channels == wanted else nn.Conv2d(channels, wanted, 1)
 
 
 def feature_shapes(model, layers, image_size):
@@ -1485,12 +1463,6 @@ class EarlyStopping:
     def should_stop(self):
         return self.since_best >= self.patience
 
-    def state_dict(self):
-        return {"best": self.best, "since_best": self.since_best}
-
-    def load_state_dict(self, state):
-        self.best, self.since_best = state["best"], state["since_best"]
-
 
 class TrainState:
     """All that a run carries from epoch to epoch; state_dict() and load_state_dict() make resuming exact."""
@@ -1501,7 +1473,7 @@ class TrainState:
         self.scaler = torch.amp.GradScaler(device.type, enabled=loss_fn.dtype is torch.float16)
         self.ema = AveragedModel(loss_fn.student, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema_decay)) if (
             cfg.ema_decay) else None
-        parts = {"loss_fn": loss_fn, "optimizer": self.optimizer, "scaler": self.scaler, "stopper": self.stopper}
+        parts = {"loss_fn": loss_fn, "optimizer": self.optimizer, "scaler": self.scaler}
         self.parts = parts | ({"ema": self.ema} if self.ema else {})
 
     @property
@@ -1516,17 +1488,12 @@ class TrainState:
         return {"history": self.history} | {name: part.state_dict() for name, part in self.parts.items()}
 
     def load_state_dict(self, state):
-        self.history = list(state["history"])
+        self.history = state["history"]
+        for row in self.history:
+            self.stopper.update(row["valid_acc"])
         for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-
-
-def _start_epoch(loader, cfg, epoch):
-    """Make a loader's next pass a function of (seed, epoch); for a DataLoader that is the global random state."""
-    if hasattr(loader, "set_epoch"):
-        loader.set_epoch(epoch)
-    else:
-        torch.manual_seed(int(fingerprint(cfg.seed, epoch)[:12], 16))
+            if state[name]:  # the scaler's is empty where the run was not in fp16
+                part.load_state_dict(state[name])
 
 
 def train_one_epoch(state, forward, loader, cfg, epoch, views=None, on_step=None):
@@ -1539,7 +1506,10 @@ def train_one_epoch(state, forward, loader, cfg, epoch, views=None, on_step=None
     loss_fn, device = state.loss_fn, next(state.loss_fn.parameters()).device
     loss_fn.train()
     loss_fn.set_progress((epoch + 1) / cfg.n_epochs)
-    _start_epoch(loader, cfg, epoch)
+    if hasattr(loader, "set_epoch"):
+        loader.set_epoch(epoch)
+    else:  # a DataLoader draws from the global random state
+        torch.manual_seed(int(fingerprint(cfg.seed, epoch)[:12], 16))
     view, n_steps = getattr(loader, "epoch", epoch), len(loader)
     sums = torch.zeros(3, device=device, dtype=torch.float64)  # loss * images, correct, images
     for step, batch in enumerate(loader):
@@ -1558,7 +1528,7 @@ def train_one_epoch(state, forward, loader, cfg, epoch, views=None, on_step=None
         sums[2] += len(labels)
         if on_step:
             on_step(len(labels), sums)
-    _sum_over_processes(sums)
+    _collective("all_reduce", sums)
     loss, correct, n = sums.tolist()
     if not math.isfinite(loss):
         raise UserError(f"the loss of epoch {epoch + 1} is not finite: lower lr (now {cfg.lr:g}) or set amp=off")
@@ -1582,12 +1552,6 @@ def optimizer_step(state, loss, lr, grad_norm_max):
         state.ema.update_parameters(state.loss_fn.student)
 
 
-def _sum_over_processes(tensor):
-    """Add up a tensor over all processes, in place."""
-    if rank_and_world()[1] > 1:
-        torch.distributed.all_reduce(tensor)
-
-
 def predict_logits(model, loader):
     """(logits (N, 11) float32, labels (N,)) on the CPU, in the loader's order: eval mode, full precision.
 
@@ -1605,7 +1569,7 @@ def evaluate(model, loader):
     logits, labels = predict_logits(model, loader)
     sums = torch.tensor([F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(1) == labels).sum(),
                          len(labels)], dtype=torch.float64, device=next(model.parameters()).device)
-    _sum_over_processes(sums)
+    _collective("all_reduce", sums)
     loss, correct, n = sums.tolist()
     return {"valid_loss": loss / n, "valid_acc": correct / n, "n": int(n)}
 
@@ -1618,11 +1582,10 @@ def standard_error(accuracy, n):
 class RunDisplay:
     """One progress bar over all epochs of a fit, with live loss and accuracy, and one line with the measured pace."""
 
-    def __init__(self, cfg, n_images, first_epoch):
-        self.cfg, self.best, self.seen, self.told = cfg, float("nan"), 0, False
-        self.bar = progress_bar(cfg.n_epochs * n_images, cfg.exp_name)
-        self.bar.update(first_epoch * n_images)
-        self.epoch, self.start, self.drawn = first_epoch, time.perf_counter(), time.perf_counter()
+    def __init__(self, cfg, n_images, first_epoch, best):
+        self.cfg, self.epoch, self.best, self.seen, self.told = cfg, first_epoch, max(best, 0), 0, False
+        self.bar = progress_bar(cfg.n_epochs * n_images, cfg.exp_name, first_epoch * n_images)
+        self.start = self.drawn = time.perf_counter()
 
     def on_step(self, n, sums):
         """Count a step of `n` images; once a second read the sums (loss * images, correct, images) and redraw."""
@@ -1630,9 +1593,8 @@ class RunDisplay:
         self.seen += n
         self.bar.update(n)
         if now - self.drawn > 1 and not self.bar.disable:
-            loss, correct, images = sums.tolist()
+            self.drawn, (loss, correct, images) = now, sums.tolist()
             self.show(self.epoch + 1, loss / images, correct / images)
-            self.drawn = now
             if now - self.start > 20 and not self.told:
                 self.tell_pace()
 
@@ -1650,13 +1612,17 @@ class RunDisplay:
         rate = self.seen / (time.perf_counter() - self.start)
         left = datetime.timedelta(seconds=round((self.bar.total - self.bar.n) / rate))
         end = f"{datetime.datetime.now() + left:%H:%M}"
-        too_long = on_kaggle() and left > datetime.timedelta(hours=KAGGLE_HOURS)
+        text = f"{self.cfg.exp_name}: {rate:,.0f} images/s, {left} to go, ends about {end}"
+        if on_kaggle():
+            rest = KAGGLE_HOURS * 3600 - (time.time() - SESSION_START)
+            fits = left.total_seconds() < rest
+            text += f"; the Kaggle session has {rest / 3600:.1f} h left" + (
+                "" if fits else ": choose LENGTH = 'lesson' or a smaller n_epochs, or go on in a second session")
         if left > datetime.timedelta(minutes=1):
-            say(f"{self.cfg.exp_name}: {rate:,.0f} images/s, {left} to go, ends about {end}" + too_long * (
-                f"; a Kaggle session has {KAGGLE_HOURS} h: choose LENGTH = 'lesson' or a smaller n_epochs"))
+            say(text)
 
 
-KAGGLE_HOURS = 12
+KAGGLE_HOURS, SESSION_START = 12, time.time()
 
 
 def fit(student, train_loader, valid_loader, cfg, teacher=None, folder=None, facts=None, fresh=False):
@@ -1666,52 +1632,56 @@ def fit(student, train_loader, valid_loader, cfg, teacher=None, folder=None, fac
     student_best.ckpt (a plain fp32 state dict of the net with the best validation accuracy), last.ckpt, log.csv and
     config.json after every epoch, and goes on from last.ckpt where one is there, exactly as if it had not stopped.
     facts: what `identity` returns; it must be the same for going on. fresh=True starts again.
-    The student ends with its best weights. Raises UserError where the folder's run has other settings.
+    The student ends with its best weights. Raises UserError where the folder's run has other settings, or where it is
+    handed evaluation images.
     """
+    if train_loader.dataset.name == "evaluation":
+        raise UserError("evaluation images are for predictions alone: they must not enter training")
     device = next(student.parameters()).device
     loss_fn = DistillLoss(cfg, student, teacher, amp_dtype(device, cfg.amp))
     loss_fn.to(device, memory_format=torch.channels_last)
     state = TrainState(loss_fn, cfg, device)
-    world = rank_and_world()[1]
-    facts = {"config": dataclasses.asdict(cfg), "processes": world, **(facts or {})}
-    if folder and not fresh:
-        resume(state, cfg, folder, facts)
+    saved = saved_run(cfg, folder, facts) if folder and not fresh else None
+    if saved:
+        state.load_state_dict(saved)
+        say(f"{cfg.exp_name}: " + ("finished before, loaded" if state.finished(cfg) else
+                                   f"goes on after epoch {len(state.history)}") + f" from {folder}")
     if isinstance(train_loader, BatchLoader):
         say(describe_run(cfg, train_loader))
-    views = TeacherViews(cfg, train_loader.split, state_checksum(teacher)) if cfg.teacher_views else None
+    if cfg.teacher_views and not isinstance(train_loader, BatchLoader):
+        raise UserError("teacher_views wants a BatchLoader: a DataLoader's views cannot be replayed")
+    views = TeacherViews(cfg, train_loader.split, state_checksum(teacher), loss_fn.dtype) if (
+        cfg.teacher_views and cfg.needs_teacher) else None
     forward = loss_fn
-    if world > 1:
+    if rank_and_world()[1] > 1:
         forward = nn.parallel.DistributedDataParallel(loss_fn, [device] if device.type == "cuda" else None)
     best = _copy_of(state.deployed)
     if folder and state.history:
         best = load_weights(Path(folder) / "student_best.ckpt")
-    display = RunDisplay(cfg, len(_dataset(train_loader)), len(state.history))
+    display = RunDisplay(cfg, len(train_loader.dataset), len(state.history), state.stopper.best)
     try:
         while not state.finished(cfg):
             start, epoch = time.perf_counter(), len(state.history)
             row = train_one_epoch(state, forward, train_loader, cfg, epoch, views, display.on_step)
-            _share_buffers(state.deployed)
+            for buffer in state.deployed.buffers():  # all processes validate the net with the first one's statistics
+                _collective("broadcast", buffer, 0)
             row |= evaluate(state.deployed, valid_loader)
             if state.stopper.update(row["valid_acc"]):
                 best = _copy_of(state.deployed)
             state.history.append({"epoch": epoch + 1, **row, "seconds": time.perf_counter() - start})
             display.on_epoch(state.history[-1], state.stopper.best)
             if folder:
-                save_run(state, best, folder, facts)
+                save_run(state, best, folder, all_facts(cfg, facts))
     finally:
         display.bar.close()
     student.load_state_dict(best)
     return state.history
 
 
-def _dataset(loader):
-    return loader.split if isinstance(loader, BatchLoader) else loader.dataset
-
-
 def _copy_of(model):
-    """A model's state dict as contiguous fp32 tensors on the CPU (integer buffers stay integers)."""
-    return OrderedDict((key, value.detach().to("cpu", torch.float32 if value.is_floating_point() else value.dtype,
-                                               copy=True).contiguous()) for key, value in model.state_dict().items())
+    """A copy of a model's state dict, contiguous and on the CPU."""
+    return OrderedDict((key, value.detach().cpu().clone(memory_format=torch.contiguous_format))
+                       for key, value in model.state_dict().items())
 
 
 def save_run(state, best, folder, facts):
@@ -1724,30 +1694,37 @@ def save_run(state, best, folder, facts):
         with written_whole(folder / "log.csv") as temporary:
             pd.DataFrame(state.history).to_csv(temporary, index=False)
         save_checkpoint({"facts": json.dumps(facts), **state.state_dict()}, folder / "last.ckpt")
-    _barrier()
+    _collective("barrier")
 
 
-def resume(state, cfg, folder, facts):
-    """Load a folder's last.ckpt into `state`, if there is one. Raises UserError where it has other settings.
+def all_facts(cfg, facts=None):
+    """What must be the same for a run to go on: the config, the number of processes, and `identity`."""
+    return {"config": dataclasses.asdict(cfg), "processes": rank_and_world()[1], **(facts or {})}
 
-    A larger n_epochs is no other setting where neither the learning rate nor the loss depends on it.
+
+def saved_run(cfg, folder, facts):
+    """A folder's last.ckpt, or None where there is none. Raises UserError where it has other settings.
+
+    A larger n_epochs is no other setting where neither the learning rate nor the loss depends on it, nor is another
+    number of processes where the run is finished.
     """
     path = Path(folder) / "last.ckpt"
     if not path.is_file():
-        return
+        return None
     saved = load_file(path)
-    was, now = json.loads(saved["facts"]), json.loads(json.dumps(facts))
+    if not isinstance(saved, dict) or "facts" not in saved:
+        raise UserError(f"{path} is no run of this program")
+    was, now = json.loads(saved["facts"]), json.loads(json.dumps(all_facts(cfg, facts)))
     if cfg.lr_schedule == cfg.loss_schedule == "constant" and was["config"]["n_epochs"] < cfg.n_epochs:
         was["config"]["n_epochs"] = cfg.n_epochs
+    if len(saved["history"]) >= cfg.n_epochs:
+        now["processes"] = was["processes"]
     was, now = ({**one.pop("config"), **one} for one in (was, now))
     other = [f"{key} {was.get(key)} (now {now.get(key)})" for key in {**was, **now} if was.get(key) != now.get(key)]
     if other:
         raise UserError(f"{folder} holds a run with other settings: {', '.join(other)}; start it again with --fresh "
                         "(fresh=True), or choose another folder")
-    state.load_state_dict(saved)
-    done = len(state.history)
-    say(f"{cfg.exp_name}: " + ("finished before, loaded" if state.finished(cfg) else f"goes on after epoch {done}")
-        + f" from {folder}")
+    return saved
 
 
 class TeacherViews:
@@ -1758,18 +1735,20 @@ class TeacherViews:
     that are not stored yet are NaN, so a file that was cut short by a kill goes on where it stopped.
     """
 
-    def __init__(self, cfg, split, teacher_checksum):
+    def __init__(self, cfg, split, teacher_checksum, dtype=None):
         shape = (cfg.teacher_views, len(split), NUM_CLASSES)
         keys = ("seed", "image_size", "batch_size", "crop_scale", "crop_ratio", "hflip", "vflip", "rotation", "affine",
-                "amp", "teacher_views")
-        key = fingerprint(teacher_checksum, split.ids, split.cache.name, rank_and_world()[1],
+                "teacher_views")
+        key = fingerprint(teacher_checksum, str(dtype), split.ids, split.cache.name, rank_and_world()[1],
                           [getattr(cfg, k) for k in keys]).encode()
         self.path = cache_root() / f"teacher-{key.decode()}.logits"
         size = len(key) + 4 * math.prod(shape)
         if not self.path.is_file() and rank_and_world()[0] == 0:
-            with written_whole(self.path) as temporary:
-                temporary.write_bytes(key + np.full(shape, np.nan, np.float32).tobytes())
-        _barrier()
+            with written_whole(self.path) as temporary, open(temporary, "wb") as file:
+                file.write(key)
+                for _ in range(shape[0]):
+                    file.write(np.full(shape[1:], np.nan, np.float32).tobytes())
+        _collective("barrier")
         if self.path.stat().st_size != size or self.path.open("rb").read(len(key)) != key:
             raise UserError(f"{self.path} holds the teacher's logits for other pictures or settings: delete it")
         flat = torch.from_file(str(self.path), shared=True, size=size, dtype=torch.uint8)
@@ -1783,13 +1762,6 @@ class TeacherViews:
     def write(self, view, rows, logits):
         """Store the logits (B, 11) of rows in a view."""
         self.logits[view, rows] = logits.detach().float().cpu()
-
-
-def _share_buffers(model):
-    """Give every process the first one's batch-norm statistics, so that all validate the same net."""
-    if rank_and_world()[1] > 1:
-        for buffer in model.buffers():
-            torch.distributed.broadcast(buffer, 0)
 
 
 @dataclass
@@ -1823,18 +1795,12 @@ def load_student(path, device="cpu"):
     """(student in eval mode, its Config) from a student_best.ckpt with its config.json beside it."""
     path = Path(path)
     state = load_weights(path)
-    beside = path.with_name("config.json")
-    if not beside.is_file():
-        raise UserError(f"{path} has no config.json beside it, so the net that it belongs to is not known")
     try:
-        cfg = Config(**json.loads(beside.read_text())["config"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{beside} is not a stage's config ({error})") from None
-    student = build_student(cfg)
-    try:
+        cfg = Config(**json.loads(path.with_name("config.json").read_text())["config"])
+        student = build_student(cfg)
         student.load_state_dict(state)
-    except RuntimeError:
-        raise UserError(f"{path} does not fit the net that {beside} describes") from None
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{path} does not go with a config.json beside it ({str(error).splitlines()[0]})") from None
     return freeze(student).to(device), cfg
 
 
@@ -1920,7 +1886,13 @@ def run(data, stages=tuple(STAGES), teacher=None, out=None, fresh=False, length=
         raise UserError(f"run wants each stage once, under a name of its own: {', '.join(c.exp_name for c in configs)}")
     for cfg in configs:
         check_budget(build_student(cfg))
-    teacher = find_teacher(data, teacher, out, device) if any(cfg.needs_teacher for cfg in configs) else None
+    check_writable(out)
+    teacher = find_teacher(data, teacher, out, device, fresh) if any(cfg.needs_teacher for cfg in configs) else None
+    for cfg in configs:  # what is wrong with a later stage is said before the first one trains
+        if teacher is not None or not cfg.needs_teacher:
+            DistillLoss(cfg, build_student(cfg).to(device), teacher)
+        if not fresh:
+            saved_run(cfg, stage_folder(cfg, data, out), identity(data, teacher if cfg.needs_teacher else None))
     runs = []
     for cfg in configs:
         if cfg.needs_teacher and teacher is None:
@@ -1989,11 +1961,11 @@ def train_teacher(data, out=None, cfg=None, fresh=False):
     return folder / "student_best.ckpt"
 
 
-def find_teacher(data, path=None, out=None, device="cpu"):
+def find_teacher(data, path=None, out=None, device="cpu", fresh=False):
     """The frozen teacher: of `path`, else of the data folder, else (demo set) trained here; None without one."""
     path = path or data.teacher
     if path is None and data.is_demo:
-        path = train_teacher(data, out)
+        path = train_teacher(data, out, fresh=fresh)
     return load_teacher(path, device) if path else None
 
 
@@ -2047,7 +2019,7 @@ def validate_submission(path, ids):
             f"the id {name!r} is there twice" if name in seen else
             f"the id {name!r} is not written like {wanted!r}" if len(name) != len(wanted) else
             f"the id is {name!r}, wanted in this order is {wanted!r}" if name != wanted else
-            f"the class is {category!r}, allowed are 0 to {NUM_CLASSES - 1}" if not re.fullmatch(r"\d|10", category)
+            f"the class is {category!r}, allowed are 0 to {NUM_CLASSES - 1}" if not re.fullmatch(r"[0-9]|10", category)
             else None)
         if wrong:
             raise UserError(f"{path}, row {number}: {wrong}")
@@ -2083,8 +2055,8 @@ def _figure(title, rows=1, columns=1, width=8.0, height=3.2):
 def _picture(axes, image, title=""):
     """Draw a (3, H, W) uint8 or normalised float image."""
     if image.is_floating_point():
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-        image = ((image.cpu() * std + mean) * 255).clamp(0, 255).byte()
+        mean, std = _mean_and_std(torch.device("cpu"))
+        image = (image.cpu() * std + mean).clamp(0, 255).byte()
     axes.imshow(image.permute(1, 2, 0).numpy())
     axes.set_title(title, fontsize=8)
     axes.axis("off")
@@ -2173,7 +2145,7 @@ def plot_confusion(labels, classes, origin):
     share = counts / counts.sum(1, keepdim=True).clamp(min=1)
     figure, axes = _figure(f"confusion matrix, validation: {origin}", width=7, height=6)
     ax = axes[0, 0]
-    ax.imshow(share, cmap="cividis", vmin=0, vmax=1)
+    ax.imshow(share.numpy(), cmap="cividis", vmin=0, vmax=1)
     for i, j in itertools.product(range(NUM_CLASSES), repeat=2):
         if counts[i, j]:
             ax.text(j, i, int(counts[i, j]), ha="center", va="center", fontsize=8,
@@ -2190,7 +2162,7 @@ def plot_by_class(labels, predictions, origin):
     width = 0.8 / len(predictions)
     for i, (name, classes) in enumerate(predictions.items()):
         counts = confusion_matrix(labels, classes)
-        accuracy = counts.diagonal() / counts.sum(1).clamp(min=1)
+        accuracy = (counts.diagonal() / counts.sum(1).clamp(min=1)).tolist()
         places = [k + (i - (len(predictions) - 1) / 2) * width for k in range(NUM_CLASSES)]
         axes[0, 0].bar(places, accuracy, width, label=name, color=stage_style(name)["color"], edgecolor="black")
     axes[0, 0].set_xticks(range(NUM_CLASSES), CLASS_NAMES, rotation=30, ha="right", fontsize=8)
@@ -2245,7 +2217,7 @@ class _Parser(argparse.ArgumentParser):
     """argparse whose mistakes are UserErrors: one line, no usage text."""
 
     def error(self, message):
-        raise UserError(f"{message} (python helpers.py {self.prog.split()[-1]} --help lists the arguments)")
+        raise UserError(f"{message} (python {self.prog} --help lists the arguments)")
 
 
 def build_parser():
@@ -2253,13 +2225,12 @@ def build_parser():
     parser = _Parser(prog="helpers.py", description="Distil a ResNet-18 into at most 60,000 parameters on Food-11.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
 
-    def command(function, help):
-        name = function.__name__.strip("_").removesuffix("_command")
-        add = commands.add_parser(name, help=help, description=help)
-        add.set_defaults(function=function)
-        return add.add_argument
+    def command(name, function, help):
+        parser = commands.add_parser(name, help=help, description=help)
+        parser.set_defaults(function=function)
+        return parser.add_argument
 
-    add = command(_run_command, "train stages and write their CSVs")
+    add = command("run", _run_command, "train stages and write their CSVs")
     add("--data", metavar="DIR", help="folder with training/, validation/, evaluation/")
     add("--demo", action="store_true", help="use the drawn demo set")
     add("--out", metavar="DIR", help="results (default: submission/, on Kaggle its working folder)")
@@ -2268,17 +2239,18 @@ def build_parser():
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a config key")
     add("--length", default="full", choices=list(LENGTHS), help="share of each stage's epochs")
     add("--fresh", action="store_true", help="start again where a run is there already")
-    for function, help in ((_evaluate_command, "validation accuracy of a checkpoint"),
-                           (_predict_command, "write the CSV of a checkpoint")):
-        add = command(function, help)
+    for name, function, help in (("evaluate", _evaluate_command, "validation accuracy of a checkpoint"),
+                                 ("predict", _predict_command, "write the CSV of a checkpoint")):
+        add = command(name, function, help)
         add("--data", metavar="DIR", required=True)
         add("--checkpoint", metavar="FILE", required=True)
     add("--out", metavar="CSV", required=True)
     add("--tta", action="store_true", help="average several views of each image")
-    add = command(_validate_command, "check a submission CSV")
+    add = command("validate", lambda args: print(f"{args.csv}: {validate_submission(args.csv, args.rows)} rows, valid"),
+                  "check a submission CSV")
     add("csv", metavar="CSV")
     add("--rows", type=int, required=True, metavar="N")
-    command(_export_command, "write the one-file notebook for Kaggle")
+    command("export", lambda args: print(export_notebook()), "write the one-file notebook for Kaggle")
     return parser
 
 
@@ -2297,13 +2269,13 @@ def _run_command(args):
         data = make_demo_data() if args.demo else find_data(args.data)
         if data is None:
             raise UserError("no data found: name its folder with --data DIR, or use --demo for the drawn demo set")
-        say(data.describe())
+        say(f"{data.describe()}\n{data.counts().to_string()}")
         runs = run(data, stages, args.teacher, args.out, args.fresh, args.length, **settings)
         say(stage_table(runs).to_string())
 
 
 def _evaluate_command(args):
-    data, device = find_data(args.data), pick_device()
+    data, device = read_folder(args.data), pick_device()
     student, cfg = load_student(args.checkpoint, device)
     valid = BatchLoader(load_data(data, "validation", "eval", cfg.image_size), cfg, device, batch_size=256)
     score = evaluate(student, valid)
@@ -2313,18 +2285,11 @@ def _evaluate_command(args):
 
 
 def _predict_command(args):
-    data, device = find_data(args.data), pick_device()
+    data, device = read_folder(args.data), pick_device()
     student, cfg = load_student(args.checkpoint, device)
+    check_budget(student)
     submit(student, data, cfg, args.out, device, args.tta)
     print(f"{args.out}: {len(data.ids['evaluation'])} rows, {data.origin}")
-
-
-def _validate_command(args):
-    print(f"{args.csv}: {validate_submission(args.csv, args.rows)} rows, valid")
-
-
-def _export_command(args):
-    print(export_notebook())
 
 
 @contextlib.contextmanager
@@ -2333,22 +2298,29 @@ def data_parallel():
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
-    torch.distributed.init_process_group("nccl" if pick_device().type == "cuda" else "gloo")
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
+    device = pick_device()
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                         timeout=datetime.timedelta(hours=12))  # others wait while one decodes
+    yield
+    # Not in a finally: a process that failed must end at once, so that torchrun ends the others.
+    torch.distributed.destroy_process_group()
 
 
 def main(argv=None):
-    """The command line. Returns the exit code: 0, or 2 after one line on stderr for a mistake of the user."""
+    """The command line. Returns the exit code: 0, 2 for a mistake of the user, 130 when stopped, with one line each."""
     try:
         args = build_parser().parse_args(argv)
         args.function(args)
         return 0
-    except UserError as error:
-        print(f"helpers.py: {' '.join(str(error).split())}", file=sys.stderr)
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
+        hint = "; choose a smaller batch_size" if isinstance(error, torch.OutOfMemoryError) else ""
+        print(f"helpers.py: {' '.join(str(error).split())}{hint}", file=sys.stderr, flush=True)
+        if rank_and_world()[1] > 1:
+            os._exit(2)  # at once, without waiting for the other processes: torchrun ends them
         return 2
+    except KeyboardInterrupt:
+        print("helpers.py: stopped; the same command goes on after the last whole epoch", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -78,10 +78,11 @@ def test_kaggle_results_go_to_its_working_folder(food, here, monkeypatch):
     (["run", "--data", "FOOD", "--stages", "simple", "--set", "student=resnet18"], "11,182,155 parameters"),
     (["run", "--data", "FOOD", "--teacher", "no.ckpt"], "there is no file no.ckpt"),
     (["run", "--data", "FOOD", "--stages", "boss"], "no stage could run without a teacher"),
+    (["run", "--data", "FOOD", "--out", "bare.ckpt/out"], "bare.ckpt is a file"),
     (["run", "--data", "FOOD", "--frsh"], "unrecognized arguments"),
     (["evaluate", "--data", "FOOD"], "--checkpoint"),
     (["evaluate", "--data", "FOOD", "--checkpoint", "no.ckpt"], "there is no file no.ckpt"),
-    (["evaluate", "--data", "FOOD", "--checkpoint", "bare.ckpt"], "no config.json beside it"),
+    (["evaluate", "--data", "FOOD", "--checkpoint", "bare.ckpt"], "does not go with a config.json beside it"),
     (["predict", "--data", "FOOD", "--checkpoint", "no.ckpt", "--out", "a.csv"], "there is no file no.ckpt"),
     (["validate", "no.csv", "--rows", "3"], "there is no file no.csv"),
     (["validate", "no.csv", "--rows", "x"], "invalid int value"),
@@ -93,6 +94,15 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_2_and_leaves_nothing(food, her
     captured = capsys.readouterr()
     assert message in captured.err and captured.err.count("\n") == 1 and "usage" not in captured.err
     assert sorted(here.rglob("*")) == before
+
+
+def test_stopped_by_the_keyboard_is_one_line_too(food, here, capsys, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(h, "fit", interrupt)
+    assert h.main(["run", "--data", str(food), "--stages", "simple", *SMALL]) == 130
+    assert capsys.readouterr().err.splitlines()[-1].startswith("helpers.py: stopped")
 
 
 def test_as_a_program_it_answers_in_the_same_way(here):

@@ -1,6 +1,7 @@
 """Finding, reading and decoding data: both layouts, every image mode, stray and damaged files, the cache."""
 
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -198,7 +199,7 @@ def test_a_damaged_training_image_is_left_out_and_named(food, capsys):
 def test_many_damaged_training_images_are_an_error(food):
     for n in range(5):
         (food / f"training/{n}_1.jpg").write_bytes(b"no picture")
-    with pytest.raises(h.UserError, match="5 of 22 images cannot be used"):
+    with pytest.raises(h.UserError, match="cannot use 5 of 22 images"):
         h.load_data(h.find_data(food), "training", "whole", 40)
 
 
@@ -234,6 +235,12 @@ def test_a_cut_cache_file_is_made_again(food):
     pixels = split.images.clone()
     split.cache.write_bytes(split.cache.read_bytes()[:100])
     assert torch.equal(h.load_data(data, "training", "whole", 41).images, pixels)
+
+
+def test_decoding_leaves_the_warning_filters_alone(food):
+    before = list(warnings.filters)
+    h.load_data(h.find_data(food), "training", "whole", 43)
+    assert warnings.filters == before
 
 
 def test_views_and_sizes(food):

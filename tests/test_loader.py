@@ -212,10 +212,8 @@ def test_the_sample_transform_is_the_exact_crop_and_flips(food):
     assert 3 < flipped < 19
 
 
-def test_evaluation_images_cannot_train(food):
+def test_the_view_must_be_the_one_that_the_config_wants(food):
     data = h.find_data(food)
-    with pytest.raises(h.UserError, match="evaluation images"):
-        h.BatchLoader(h.load_data(data, "evaluation", "whole", 64), BOSS, "cpu", train=True)
     with pytest.raises(h.UserError, match="wants the whole view"):
         h.BatchLoader(h.load_data(data, "training", "eval", 64), BOSS, "cpu", train=True)
 

@@ -50,8 +50,8 @@ def test_t_squared_keeps_the_gradients_size():
 def test_handover_is_the_published_form():
     cfg = h.STAGES["boss"]
     for p in (0.1, 0.5, 1.0):
-        assert h.loss_weights(cfg, p) == pytest.approx((10 * p**4, 10 * p**2 * (1 - p**2) * 400, 1.0))
-    assert h.loss_weights(h.STAGES["medium"], 0.3) == (0.5, 200.0, 1.0)
+        assert h.loss_weights(cfg, p) == pytest.approx((10 * p**4, 10 * p**2 * (1 - p**2), 1.0))
+    assert h.loss_weights(h.STAGES["medium"], 0.3) == (0.5, 0.5, 1.0)
     assert h.loss_weights(h.STAGES["simple"], 0.3) == (1.0, 0.0, 0.0)
 
 
@@ -96,6 +96,16 @@ def test_only_student_and_adapters_are_parameters(teacher_file):
     assert {k.split(".")[0] for k in loss_fn.state_dict()} == {"student", "adapters"}
     assert [loss_fn.adapters[f"layer{i}"].weight.shape[:2] for i in (1, 2, 3)] == [(64, 32), (128, 64), (256, 128)]
     assert h.check_budget(loss_fn.student) < h.PARAM_LIMIT
+
+
+@pytest.mark.parametrize("widths", [(64, 128, 256), (32, 64, 128)])
+def test_the_loss_is_fp32_under_bf16_networks(teacher_file, widths):
+    cfg = h.get_config("boss", image_size=64, widths=widths)
+    loss_fn = h.DistillLoss(cfg, h.build_student(cfg), h.load_teacher(teacher_file), torch.bfloat16)
+    loss_fn.set_progress(0.5)
+    loss, student_logits, _ = loss_fn(torch.randn(2, 3, 64, 64), torch.arange(2))
+    loss.backward()
+    assert loss.dtype == torch.float32 and student_logits.dtype == torch.bfloat16
 
 
 def test_train_mode_never_reaches_the_teacher(teacher_file):

@@ -172,7 +172,11 @@ def test_a_gpu_that_runs_no_kernel_is_named(monkeypatch):
         raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda d: "Tesla P100")
     monkeypatch.setattr(torch, "ones", broken)
     with pytest.raises(h.UserError, match="Tesla P100 cannot run torch"):
+        h.pick_device()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(h.UserError, match="there are 1 GPUs"):
         h.pick_device()

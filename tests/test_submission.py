@@ -24,6 +24,7 @@ def test_written_csv_is_valid_and_as_the_homework_wants(tmp_path):
     ("Id,Category\n0000,11\n0001,1\n", "row 2: the class is '11', allowed are 0 to 10"),
     ("Id,Category\n0000,1\n0001,-1\n", "row 3: the class is '-1'"),
     ("Id,Category\n0000,1\n0001,1.0\n", "row 3: the class is '1.0'"),
+    ("Id,Category\n0000,1\n0001,\u0663\n", "row 3: the class is"),
     ("Id,Category\n0000,1\n0001,\n", "row 3: the class is ''"),
     (",Id,Category\n0,0000,1\n", "row 1: the header"),
     ("Id,Category\n0000,1,2\n0001,1\n", "row 2: 3 columns"),

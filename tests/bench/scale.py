@@ -37,7 +37,7 @@ def copies(data, times, folder):
     files, labels = [], []
     for copy in range(times):
         for path, label in zip(data.files["training"], data.labels["training"], strict=True):
-            name = target / f"{label}_{copy}{path.stem.split('_')[1]}.jpg"
+            name = target / f"{label}_{copy:02d}{path.stem.split('_')[1]}.jpg"
             try:
                 os.link(path, name)
             except OSError:
@@ -59,9 +59,8 @@ def measure(data, times, size):
         decoded = time.perf_counter()
         loader = h.BatchLoader(split, h.get_config("boss", image_size=size), device, train=True)
         memory = private_memory()
-        for batch in loader:
+        for _ in loader:
             memory = max(memory, private_memory())
-        assert len(batch.images) <= loader.batch_size
         return {"images": len(split), "decode s": decoded - start, "epoch s": time.perf_counter() - decoded,
                 "private MB": memory, "cache MB": split.cache.stat().st_size / 1e6}
 

@@ -164,7 +164,7 @@ def measure_parts(args, device):
         loss.backward()
 
     def views():
-        images = loader._views(rows, draw)
+        images = loader.views_of(rows, draw)
         images.to(loss_fn.dtype or torch.float32, memory_format=torch.channels_last)
 
     times = {

@@ -1,6 +1,6 @@
 """How many replayed teacher views are enough? One short recipe at several K, on the photo set.
 
-    HW13_PHOTOS=DIR python tests/bench/views.py [--views 1 10 50 0] [--epochs 60] [--size 64] [--subset 3] [--out FOLDER]
+    HW13_PHOTOS=DIR python tests/bench/views.py [--views 1 10 50 0] [--epochs 60] [--size 64] [--subset 3]
 
 K is the number of stored views, 0 means that every epoch has a view of its own and the teacher always runs. Prints
 validation accuracy +- standard error, and seconds an epoch while the teacher runs and while its logits are replayed.
