@@ -334,8 +334,8 @@ def pick_device():
         torch.ones(1, device=device).add_(1).item()
     except RuntimeError as error:
         name = torch.cuda.get_device_name(device)
-        raise UserError(f"the GPU {name} cannot run torch {torch.__version__} ({str(error).splitlines()[0]}); choose "
-                        "another accelerator (on Kaggle: Settings > Accelerator > GPU T4 x2)") from None
+        why = f"cannot run torch {torch.__version__} ({str(error).splitlines()[0]})"
+        raise UserError(f"the GPU {name} {why}; choose another (Kaggle: Settings > Accelerator > GPU T4 x2)") from None
     torch.cuda.set_device(device)
     return device
 
@@ -374,8 +374,7 @@ def written_whole(path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror or error}); what was saved before is intact; "
-                        "free some space or choose another folder") from None
+        raise UserError(f"{path} cannot be written ({error.strerror or error}); what was saved is intact") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -551,8 +550,7 @@ def _class_folders(folder):
     found = [_normalised(p.name) for p in folders]
     for path in folders:
         if _normalised(path.name) not in numbers or found.count(_normalised(path.name)) > 1:
-            raise UserError(f"{path} is no class of Food-11, or is there twice; the class folders are "
-                            f"{', '.join(CLASS_NAMES)}")
+            raise UserError(f"{path} is no class of Food-11, or is there twice; wanted are {', '.join(CLASS_NAMES)}")
     missing = [CLASS_NAMES[k] for name, k in numbers.items() if name not in found]
     if folders and missing:
         raise UserError(f"{folder} has no folder for {', '.join(missing)}")
@@ -585,8 +583,7 @@ def _read_split(folder, evaluation, ignored):
         if labels and labels[-1] >= NUM_CLASSES:
             raise UserError(f"{path} has label {labels[-1]}; allowed are 0 to {NUM_CLASSES - 1}")
     if len(unlabelled) > MAX_BAD_SHARE * (len(files) + len(unlabelled)):
-        raise UserError(f"{folder}: {len(unlabelled)} images have no label in their name, for example "
-                        f"{unlabelled[0].name}; wanted is <label>_<n>.jpg")
+        raise UserError(f"{len(unlabelled)} images have no label in their name (<label>_<n>.jpg): {unlabelled[0]}, ...")
     ignored.extend(unlabelled)
     ids = [f"{i:04d}" if folders else path.stem for i, path in enumerate(files)]
     twice = [i for i, n in Counter(ids).items() if n > 1]
@@ -964,8 +961,7 @@ class BatchLoader:
 
     def __init__(self, split, cfg, device, train=False, batch_size=None, shared=True):
         if train and (split.view == "whole") != bool(cfg.crop_scale):
-            raise UserError(f"the config's crop wants the {'whole' if cfg.crop_scale else 'eval'} view, "
-                            f"this split holds the {split.view} view")
+            raise UserError(f"the config wants the {'whole' if cfg.crop_scale else 'eval'} view, not {split.view}")
         self.dataset = self.split = split  # "dataset" as in torch's DataLoader
         self.cfg, self.device, self.train, self.epoch = cfg, torch.device(device), train, 0
         self.batch_size = batch_size or cfg.batch_size
@@ -1132,8 +1128,7 @@ def check_budget(model, limit=PARAM_LIMIT):
     called = sum(p for _, _, p, _ in _trace(model, 64))
     count = max(stored, called)
     if count > limit:
-        raise UserError(f"the student has {count:,} parameters; the homework allows {limit:,}: make widths, depths or "
-                        "stem_width smaller")
+        raise UserError(f"the student has {count:,} parameters; the homework allows {limit:,}: choose smaller widths")
     return count
 
 
@@ -1212,10 +1207,10 @@ def load_teacher(path, device="cpu"):
     else:
         raise UserError(f"{path} is not loaded: its {len(state)} tensors are not those of "
                         f"{', '.join(TEACHERS)} (its first is {next(iter(state))!r})")
-    for key, value in wanted.items():
-        if value.shape != state[key].shape:
-            raise UserError(f"{path} is not loaded: {key} has shape {tuple(state[key].shape)}, an 11-class "
-                            f"{architecture} has {tuple(value.shape)}")
+    other = next((key for key, value in wanted.items() if value.shape != state[key].shape), None)
+    if other:
+        shapes = tuple(state[other].shape), tuple(wanted[other].shape)
+        raise UserError(f"{path} is not loaded: {other} has shape {shapes[0]}, an 11-class {architecture} {shapes[1]}")
     teacher.load_state_dict(state)
     return freeze(teacher).to(device, memory_format=torch.channels_last)
 
@@ -1310,8 +1305,7 @@ class DistillLoss(nn.Module):
     def __init__(self, cfg, student, teacher=None, dtype=None):
         super().__init__()
         if cfg.needs_teacher and teacher is None:
-            raise UserError(f"stage {cfg.exp_name} needs a teacher: put {TEACHER_FILE} into the data folder, or name "
-                            "a file with --teacher")
+            raise UserError(f"{cfg.exp_name} needs a teacher: put {TEACHER_FILE} into the data folder or use --teacher")
         self.cfg, self.student, self.dtype = cfg, student, dtype
         self.__dict__["teacher"] = teacher  # past nn.Module's notice: its weights are nobody's parameters
         self.layers = {f"layer{i}": w for i, w in enumerate(cfg.align_weights, 1) if w}
@@ -1353,8 +1347,8 @@ class DistillLoss(nn.Module):
         for name, (channels, *size) in ours.items():
             wanted, *teacher_size = theirs[name]
             if size != teacher_size:
-                raise UserError(f"{name} of the student is {size[0]} px, the teacher's is {teacher_size[0]} px: "
-                                "choose strides that agree or set its align_weight to 0")
+                raise UserError(f"{name} of the student is {size[0]} px, the teacher's is {teacher_size[0]} px: choose "
+                                "strides that agree")
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.cfg.seed)
                 yield name, nn.Identity() if channels == wanted else nn.Conv2d(channels, wanted, 1)
@@ -1722,8 +1716,7 @@ def saved_run(cfg, folder, facts):
     was, now = ({**one.pop("config"), **one} for one in (was, now))
     other = [f"{key} {was.get(key)} (now {now.get(key)})" for key in {**was, **now} if was.get(key) != now.get(key)]
     if other:
-        raise UserError(f"{folder} holds a run with other settings: {', '.join(other)}; start it again with --fresh "
-                        "(fresh=True), or choose another folder")
+        raise UserError(f"{folder} holds a run with other settings: {', '.join(other)}; --fresh starts it again")
     return saved
 
 
@@ -1896,13 +1889,11 @@ def run(data, stages=tuple(STAGES), teacher=None, out=None, fresh=False, length=
     runs = []
     for cfg in configs:
         if cfg.needs_teacher and teacher is None:
-            say(f"{cfg.exp_name}: left out, for it needs a teacher and there is no {TEACHER_FILE} in {data.root}; "
-                "name one with --teacher")
+            say(f"{cfg.exp_name}: left out, for it needs a teacher: no {TEACHER_FILE} in {data.root} (see --teacher)")
         else:
             runs.append(run_stage(cfg, data, teacher, out, fresh, device))
     if not runs:
-        raise UserError(f"no stage could run without a teacher: put {TEACHER_FILE} into {data.root}, or name one "
-                        "with --teacher")
+        raise UserError(f"no stage could run without a teacher: put {TEACHER_FILE} into {data.root} or use --teacher")
     write_best(runs, data, out)
     return runs
 
@@ -2009,8 +2000,7 @@ def validate_submission(path, ids):
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} is no text in UTF-8 with commas ({error})") from None
     if not rows or rows[0] != ["Id", "Category"]:
-        raise UserError(f"{path}, row 1: the header is {','.join(rows[0]) if rows else 'missing'}, wanted is "
-                        "Id,Category")
+        raise UserError(f"{path}, row 1: the header is {','.join(rows[0]) if rows else 'missing'}, not Id,Category")
     seen = set()
     for number, (row, wanted) in enumerate(zip(rows[1:], ids, strict=False), 2):
         name, category = row if len(row) == 2 else (None, None)
@@ -2262,7 +2252,7 @@ def _run_command(args):
     if not stages:
         raise UserError(f"--stages names no stage; they are {', '.join(STAGES)}")
     if args.teacher:
-        load_teacher(args.teacher)
+        load_teacher(args.teacher)  # a wrong file is said first
     if args.demo and args.data:
         raise UserError("--demo draws its own data: leave out --data")
     with data_parallel():

@@ -214,7 +214,7 @@ def test_the_sample_transform_is_the_exact_crop_and_flips(food):
 
 def test_the_view_must_be_the_one_that_the_config_wants(food):
     data = h.find_data(food)
-    with pytest.raises(h.UserError, match="wants the whole view"):
+    with pytest.raises(h.UserError, match="wants the whole view, not eval"):
         h.BatchLoader(h.load_data(data, "training", "eval", 64), BOSS, "cpu", train=True)
 
 
