@@ -2019,6 +2019,13 @@ def validate_submission(path, ids):
     return len(ids)
 
 
+def download_link(path):
+    """A link for the notebook, from which the browser downloads a file."""
+    from IPython.display import HTML
+    relative = os.path.relpath(path)
+    return HTML(f'<a href="{relative}" download>Download {relative}</a>')
+
+
 # =====================================================================================================================
 # 8  Pictures
 # =====================================================================================================================
