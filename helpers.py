@@ -1442,10 +1442,15 @@ def learning_rate(cfg, epoch):
 
 
 class EarlyStopping:
-    """Remembers the best value and says when `patience` epochs have passed without a better one."""
+    """Remembers the best value and says when `patience` epochs have passed without a better one.
 
-    def __init__(self, patience):
+    All that it knows follows from the `values` so far, so a resumed run needs no state of it.
+    """
+
+    def __init__(self, patience, values=()):
         self.patience, self.best, self.since_best = patience, -1.0, 0
+        for value in values:
+            self.update(value)
 
     def update(self, value):
         """Take an epoch's value; True if it is the best so far."""
@@ -1456,6 +1461,16 @@ class EarlyStopping:
     @property
     def should_stop(self):
         return self.since_best >= self.patience
+
+
+def stopper_of(history, patience):
+    """The EarlyStopping that has seen a history's rows."""
+    return EarlyStopping(patience, [row["valid_acc"] for row in history])
+
+
+def is_finished(history, cfg):
+    """Whether a run with this history has had all its epochs, or was stopped early."""
+    return len(history) >= cfg.n_epochs or stopper_of(history, cfg.patience).should_stop
 
 
 class TrainState:
@@ -1475,16 +1490,12 @@ class TrainState:
         """The net that is validated, saved and submitted: the average where there is one, else the student."""
         return self.ema.module if self.ema else self.loss_fn.student
 
-    def finished(self, cfg):
-        return len(self.history) >= cfg.n_epochs or self.stopper.should_stop
-
     def state_dict(self):
         return {"history": self.history} | {name: part.state_dict() for name, part in self.parts.items()}
 
     def load_state_dict(self, state):
         self.history = state["history"]
-        for row in self.history:
-            self.stopper.update(row["valid_acc"])
+        self.stopper = stopper_of(self.history, self.stopper.patience)
         for name, part in self.parts.items():
             if state[name]:  # the scaler's is empty where the run was not in fp16
                 part.load_state_dict(state[name])
@@ -1573,6 +1584,11 @@ def standard_error(accuracy, n):
     return math.sqrt(accuracy * (1 - accuracy) / n)
 
 
+def plus_minus(accuracy, n):
+    """An accuracy over n images with its standard error: "0.8123 +- 0.0101"."""
+    return f"{accuracy:.4f} +- {standard_error(accuracy, n):.4f}"
+
+
 class RunDisplay:
     """One progress bar over all epochs of a fit, with live loss and accuracy, and one line with the measured pace."""
 
@@ -1629,7 +1645,7 @@ def fit(student, train_loader, valid_loader, cfg, teacher=None, folder=None, fac
     The student ends with its best weights. Raises UserError where the folder's run has other settings, or where it is
     handed evaluation images.
     """
-    if train_loader.dataset.name == "evaluation":
+    if getattr(train_loader.dataset, "name", None) == "evaluation":
         raise UserError("evaluation images are for predictions alone: they must not enter training")
     device = next(student.parameters()).device
     loss_fn = DistillLoss(cfg, student, teacher, amp_dtype(device, cfg.amp))
@@ -1638,7 +1654,7 @@ def fit(student, train_loader, valid_loader, cfg, teacher=None, folder=None, fac
     saved = saved_run(cfg, folder, facts) if folder and not fresh else None
     if saved:
         state.load_state_dict(saved)
-        say(f"{cfg.exp_name}: " + ("finished before, loaded" if state.finished(cfg) else
+        say(f"{cfg.exp_name}: " + ("finished before, loaded" if is_finished(state.history, cfg) else
                                    f"goes on after epoch {len(state.history)}") + f" from {folder}")
     if isinstance(train_loader, BatchLoader):
         say(describe_run(cfg, train_loader))
@@ -1654,7 +1670,7 @@ def fit(student, train_loader, valid_loader, cfg, teacher=None, folder=None, fac
         best = load_weights(Path(folder) / "student_best.ckpt")
     display = RunDisplay(cfg, len(train_loader.dataset), len(state.history), state.stopper.best)
     try:
-        while not state.finished(cfg):
+        while not is_finished(state.history, cfg):
             start, epoch = time.perf_counter(), len(state.history)
             row = train_one_epoch(state, forward, train_loader, cfg, epoch, views, display.on_step)
             for buffer in state.deployed.buffers():  # all processes validate the net with the first one's statistics
@@ -1711,7 +1727,7 @@ def saved_run(cfg, folder, facts):
     was, now = json.loads(saved["facts"]), json.loads(json.dumps(all_facts(cfg, facts)))
     if cfg.lr_schedule == cfg.loss_schedule == "constant" and was["config"]["n_epochs"] < cfg.n_epochs:
         was["config"]["n_epochs"] = cfg.n_epochs
-    if len(saved["history"]) >= cfg.n_epochs:
+    if is_finished(saved["history"], cfg):
         now["processes"] = was["processes"]
     was, now = ({**one.pop("config"), **one} for one in (was, now))
     other = [f"{key} {was.get(key)} (now {now.get(key)})" for key in {**was, **now} if was.get(key) != now.get(key)]
@@ -1810,7 +1826,7 @@ def describe_run(cfg, loader):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     dtype = str(amp_dtype(device, cfg.amp) or torch.float32).removeprefix("torch.")
     world = rank_and_world()[1]
-    place = "moved onto the GPU" if device.type == "cuda" and loader.images.is_cuda else "read from there"
+    place = "moved onto the GPU" if loader.images.is_cuda else "read from there"
     return (f"{cfg.exp_name}: {loader.split.origin}; {device.type} ({name}), {dtype}"
             f"{f', {world} processes' if world > 1 else ''}; {len(loader.split):,} images, "
             f"{loader.split.images.nbytes / 1e9:.2f} GB in {loader.split.cache}, {place}")
@@ -1828,16 +1844,28 @@ def identity(data, teacher=None):
             "teacher": state_checksum(teacher) if teacher is not None else None}
 
 
+def checked_student(cfg, teacher, device, folder, facts):
+    """The stage's student on `device`, after all that can be known to be wrong before anything is decoded or trained.
+
+    Raises UserError for a student above the limit, a loss that does not fit the teacher, or a folder with a run of
+    other settings (folder None: it will be started again).
+    """
+    student = build_student(cfg).to(device)
+    check_budget(student)
+    DistillLoss(cfg, student, teacher)
+    if folder:
+        saved_run(cfg, folder, facts)
+    return student
+
+
 def run_stage(cfg, data, teacher=None, out=None, fresh=False, device=None):
     """Train one stage, or load it where it is finished, and write <out>/<stage>.csv. Returns its Run.
 
     The parameter limit is checked before anything is decoded or trained; the teacher is checksummed before and after.
     """
     device, teacher = device or pick_device(), teacher if cfg.needs_teacher else None
-    student = build_student(cfg).to(device)
-    check_budget(student)
-    DistillLoss(cfg, student, teacher)  # whatever is wrong with the loss is said before the long work
     folder, facts = stage_folder(cfg, data, out), identity(data, teacher)
+    student = checked_student(cfg, teacher, device, None if fresh else folder, facts)
     train, valid = build_loaders(cfg, data, device)
     history = fit(student, train, valid, cfg, teacher, folder, facts, fresh)
     if identity(data, teacher) != facts:
@@ -1863,8 +1891,7 @@ def submit(student, data, cfg, path, device, tta=False):
         validate_submission(path, split.ids)
     if (split.labels >= 0).all():
         accuracy = (classes == split.labels).double().mean().item()
-        say(f"accuracy on {len(classes)} evaluation images of {data.origin}: {accuracy:.4f} "
-            f"+- {standard_error(accuracy, len(classes)):.4f}")
+        say(f"accuracy on {len(classes)} evaluation images of {data.origin}: {plus_minus(accuracy, len(classes))}")
 
 
 def run(data, stages=tuple(STAGES), teacher=None, out=None, fresh=False, length="full", **overrides):
@@ -1881,19 +1908,17 @@ def run(data, stages=tuple(STAGES), teacher=None, out=None, fresh=False, length=
         check_budget(build_student(cfg))
     check_writable(out)
     teacher = find_teacher(data, teacher, out, device, fresh) if any(cfg.needs_teacher for cfg in configs) else None
-    for cfg in configs:  # what is wrong with a later stage is said before the first one trains
-        if teacher is not None or not cfg.needs_teacher:
-            DistillLoss(cfg, build_student(cfg).to(device), teacher)
-        if not fresh:
-            saved_run(cfg, stage_folder(cfg, data, out), identity(data, teacher if cfg.needs_teacher else None))
-    runs = []
+    possible = [cfg for cfg in configs if teacher is not None or not cfg.needs_teacher]
     for cfg in configs:
-        if cfg.needs_teacher and teacher is None:
+        if cfg not in possible:
             say(f"{cfg.exp_name}: left out, for it needs a teacher: no {TEACHER_FILE} in {data.root} (see --teacher)")
-        else:
-            runs.append(run_stage(cfg, data, teacher, out, fresh, device))
-    if not runs:
+    if not possible:
         raise UserError(f"no stage could run without a teacher: put {TEACHER_FILE} into {data.root} or use --teacher")
+    facts = {needs: identity(data, teacher if needs else None) for needs in (True, False)}
+    for cfg in possible:  # what is wrong with a later stage is said before the first one trains
+        folder = None if fresh else stage_folder(cfg, data, out)
+        checked_student(cfg, teacher if cfg.needs_teacher else None, device, folder, facts[cfg.needs_teacher])
+    runs = [run_stage(cfg, data, teacher, out, fresh, device) for cfg in possible]
     write_best(runs, data, out)
     return runs
 
@@ -1911,8 +1936,8 @@ def write_best(runs, data, out=None):
     path = Path(out or default_out()) / ("submission_demo.csv" if data.is_demo else "submission.csv")
     if rank_and_world()[0] == 0:
         write_text(path, best.csv.read_text())
-    say(f"{path} is {best.csv}: {best.name} has the best validation accuracy, {best.valid_acc:.4f} "
-        f"+- {best.valid_se:.4f} ({best.n_valid} images, {data.origin})")
+    say(f"{path} is {best.csv}: {best.name} has the best validation accuracy, "
+        f"{plus_minus(best.valid_acc, best.n_valid)} ({best.n_valid} images, {data.origin})")
     return path
 
 
@@ -2277,8 +2302,7 @@ def _evaluate_command(args):
     valid = BatchLoader(load_data(data, "validation", "eval", cfg.image_size), cfg, device, batch_size=256)
     score = evaluate(student, valid)
     print(f"{args.checkpoint}: stage {cfg.exp_name}, {cfg.image_size} px, {data.origin}")
-    print(f"validation accuracy {score['valid_acc']:.4f} +- {standard_error(score['valid_acc'], score['n']):.4f} "
-          f"({score['n']} images)")
+    print(f"validation accuracy {plus_minus(score['valid_acc'], score['n'])} ({score['n']} images)")
 
 
 def _predict_command(args):

@@ -220,6 +220,19 @@ def test_evaluation_images_cannot_train(food):
             h.fit(student, loader, valid, cfg)
 
 
+def test_fit_takes_a_loader_of_any_dataset(food):
+    cfg, _, train, valid, student = prepared(food, "simple", n_epochs=1)
+    batch = next(iter(train))
+    pairs = torch.utils.data.TensorDataset(batch.images, batch.labels)
+    assert len(h.fit(student, DataLoader(pairs, 4), valid, cfg)) == 1
+
+
+def test_a_stopped_run_is_finished_for_any_number_of_processes():
+    history = [{"valid_acc": v} for v in (0.5, 0.4, 0.3)]
+    assert h.is_finished(history, h.Config(patience=2, n_epochs=9))
+    assert not h.is_finished(history, h.Config(patience=3, n_epochs=9)) and h.is_finished(history, h.Config(n_epochs=3))
+
+
 def test_replayed_views_want_a_batch_loader(food, teacher_file):
     cfg, data, _, valid, student = prepared(food, align_weights=(), teacher_views=2)
     loader = DataLoader(h.FoodDataset(data, "training", h.reference_transform(cfg, train=True)), 4)
