@@ -21,6 +21,7 @@ import csv
 import ctypes
 import dataclasses
 import datetime
+import fcntl
 import functools
 import hashlib
 import inspect
@@ -51,6 +52,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset  # noqa: F401  (the notebook uses h.DataLoader)
 from torchvision import transforms
+from torchvision.transforms import v2
 from tqdm import tqdm
 
 # =====================================================================================================================
@@ -103,6 +105,8 @@ class Config:
     vflip: float = _key(0.0, "probability of a vertical flip", 0.0, 1.0)
     rotation: float = _key(0.0, "RandomRotation: degrees either way", 0.0, 180.0)
     affine: float = _key(0.0, "RandomAffine: degrees either way", 0.0, 180.0)
+    mixup: float = _key(0.0, "MixUp blends a batch with itself by a share drawn from Beta(a, a) (0: never)", 0.0, 100.0)
+    cutmix: float = _key(0.0, "share of the batches in which CutMix pastes a box instead", 0.0, 1.0)
     # The loss.
     loss_fn_type: str = _key("CE", "CE: labels alone; KD: with a teacher", choices=("CE", "KD"))
     alpha: float = _key(0.5, "share of the soft loss in loss_fn_kd", 0.0, 1.0)
@@ -122,6 +126,10 @@ class Config:
     n_epochs: int = _key(10, "passes over the training images", 1, 100_000)
     patience: int = _key(300, "stop after so many epochs without a better validation accuracy", 1, 100_000)
     amp: str = _key("auto", "precision of the networks in training", choices=("auto", "off", "bf16", "fp16"))
+    # How a run behaves. These may change when it goes on, for they do not change what it computes.
+    time_limit_h: float = _key(0.0, "hours of the session after which a run ends early (0: none; on Kaggle 11.5)",
+                               0.0, 1000.0)
+    finite_check: int = _key(20, "batches between two looks at whether the loss is finite", 1, 100_000)
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
@@ -380,6 +388,26 @@ def written_whole(path):
             temporary.unlink()
 
 
+@contextlib.contextmanager
+def locked(folder):
+    """Hold a folder for the block: UserError where another process holds it. A killed process holds nothing."""
+    if rank_and_world()[0] != 0:
+        yield
+        return
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        file = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}); what was saved is intact") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f"another run is working in {folder}: wait for it or choose another --out") from None
+    finally:
+        os.close(file)
+
+
 def check_writable(folder):
     """UserError unless `folder`, or the first folder above it that exists, can be written to; nothing is made."""
     there = next(p for p in (Path(folder).absolute(), *Path(folder).absolute().parents) if p.exists())
@@ -393,12 +421,17 @@ def write_text(path, text):
         temporary.write_text(text, encoding="utf-8")
 
 
-def save_checkpoint(obj, path):
-    """torch.save, whole or not at all. (Through memory: torch reports a full disk as no OSError.)"""
+def save_checkpoint(obj, path, keep_as=None):
+    """torch.save, whole or not at all; the file that was there is kept under the name `keep_as` beside it.
+
+    (It goes through memory, because torch reports a full disk as no OSError.)
+    """
     buffer = io.BytesIO()
     torch.save(obj, buffer)
     with written_whole(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
+        if keep_as and Path(path).is_file():
+            os.replace(path, Path(path).with_name(keep_as))
 
 
 def load_file(path):
@@ -707,6 +740,12 @@ def load_data(data, split, view, image_size):
                  tuple(data.ids[split][i] for i in keep.tolist()), header["aspect"][keep].clone(), path)
 
 
+def check_space(path, size):
+    """UserError unless `size` bytes are free where the cache file `path` will lie."""
+    if shutil.disk_usage(path.parent).free < size:
+        raise UserError(f"the cache needs {size / 1e9:.1f} GB in {path.parent}, which has less; set HW13_CACHE")
+
+
 def _cache_bytes(n, side):
     """Size of a cache file: per image an aspect (float32) and a flag (a byte), padded to 4 KiB, then the pixels."""
     return -(-5 * n // 4096) * 4096 + n * 3 * side * side
@@ -725,8 +764,7 @@ def _decode_all(data, split, view, image_size, path):
     """Decode a split in parallel into the cache file `path`, written whole or not at all."""
     files, side = data.files[split], source_size(image_size) if view == "whole" else image_size
     size = _cache_bytes(len(files), side)
-    if shutil.disk_usage(path.parent).free < size:
-        raise UserError(f"the cache needs {size / 1e9:.1f} GB in {path.parent}, which has less; set HW13_CACHE")
+    check_space(path, size)
     to_view = (lambda im: im.resize((side, side), Image.Resampling.BILINEAR)) if view == "whole" else (
         eval_transform(image_size))
     bad = {}
@@ -949,13 +987,27 @@ def normalize(images):
     return torch.addcmul(-mean / std, images, 1 / std)
 
 
+def mix(images, labels, cfg, seed):
+    """CutMix (Yun et al. 2019) or MixUp (Zhang et al. 2018) of a batch with itself, drawn from `seed` alone.
+
+    images (B, 3, S, S), labels (B,) -> (images, labels); labels become (B, 11) probabilities where it mixed. Teacher
+    and student see the same mixed picture, so a distilled student needs no labels for it (Beyer et al. 2022).
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if torch.rand(()) < cfg.cutmix:
+            return v2.CutMix(num_classes=NUM_CLASSES)(images, labels)
+        return v2.MixUp(alpha=cfg.mixup, num_classes=NUM_CLASSES)(images, labels) if cfg.mixup else (images, labels)
+
+
 class BatchLoader:
     """Batches of a Split on the device: Batch(images (B, 3, S, S) float32 normalised, labels (B,), rows (B,), share).
 
-    train=True shuffles and augments as `cfg` says; every draw of an epoch is a function of (seed, epoch) alone and
-    belongs to the image's row, so a resumed run sees what an uninterrupted one would. Otherwise batches come in order.
-    The uint8 images move onto the GPU when they fit in half of its free memory, else they are read batch by batch
-    through pinned memory. Under torch.distributed each process yields its part of every batch, unless shared=False.
+    Labels are (B, 11) probabilities where the config mixes pictures. train=True shuffles and augments as `cfg` says;
+    every draw of an epoch is a function of (seed, epoch) alone and belongs to the image's row, so a resumed run sees
+    what an uninterrupted one would. Otherwise batches come in order. The uint8 images move onto the GPU when they fit
+    in half of its free memory, else they are read batch by batch through pinned memory. Under torch.distributed each
+    process yields its part of every batch, unless shared=False.
     Raises UserError where the view is not the one that the config's crop wants.
     """
 
@@ -989,10 +1041,12 @@ class BatchLoader:
 
     def __iter__(self):
         draw = self._draw()
-        for step in self.batches():
+        for number, step in enumerate(self.batches()):
             rows = step.tensor_split(self.world)[self.rank]
-            labels = self.labels[rows.to(self.device, non_blocking=True)]
-            yield Batch(self.views_of(rows, draw), labels, rows, len(rows) * self.world / len(step))
+            images, labels = self.views_of(rows, draw), self.labels[rows.to(self.device, non_blocking=True)]
+            if self.train:
+                images, labels = mix(images, labels, self.cfg, self._generator(2 + number).initial_seed())
+            yield Batch(images, labels, rows, len(rows) * self.world / len(step))
 
     def views_of(self, rows, draw=None):
         """The normalised images (B, 3, S, S) of some rows as the chosen epoch shows them."""
@@ -1193,11 +1247,32 @@ def load_weights(path):
     return OrderedDict((re.sub(r"^((module|_orig_mod)\.)+", "", key), value) for key, value in state.items())
 
 
+class AveragedTeachers(nn.Module):
+    """Several teachers as one: logits (B, 11) whose softmax is the mean of their probabilities, not of logits."""
+
+    def __init__(self, teachers):
+        super().__init__()
+        self.members = nn.ModuleList(teachers)
+
+    def forward(self, x):
+        log_p = [F.log_softmax(teacher(x).float(), 1) for teacher in self.members]
+        return torch.logsumexp(torch.stack(log_p), 0) - math.log(len(log_p))
+
+
 def load_teacher(path, device="cpu"):
     """The frozen teacher from a checkpoint with torchvision's ResNet names and 11 classes, in eval mode, on `device`.
 
-    Raises UserError saying what the file holds instead.
+    path: a file, or several, comma-separated or as a list, which become AveragedTeachers. Raises UserError saying what
+    a file holds instead.
     """
+    paths = path.split(",") if isinstance(path, str) else path if isinstance(path, (list, tuple)) else [path]
+    teachers = [_load_resnet(one) for one in paths]
+    teacher = teachers[0] if len(teachers) == 1 else AveragedTeachers(teachers)
+    return freeze(teacher).to(device, memory_format=torch.channels_last)
+
+
+def _load_resnet(path):
+    """One of TEACHERS with the weights of a checkpoint."""
     state = load_weights(path)
     for architecture in TEACHERS:
         teacher = TEACHERS[architecture](None)
@@ -1212,7 +1287,7 @@ def load_teacher(path, device="cpu"):
         shapes = tuple(state[other].shape), tuple(wanted[other].shape)
         raise UserError(f"{path} is not loaded: {other} has shape {shapes[0]}, an 11-class {architecture} {shapes[1]}")
     teacher.load_state_dict(state)
-    return freeze(teacher).to(device, memory_format=torch.channels_last)
+    return teacher
 
 
 def freeze(model):
@@ -1307,6 +1382,8 @@ class DistillLoss(nn.Module):
         if cfg.needs_teacher and teacher is None:
             raise UserError(f"{cfg.exp_name} needs a teacher: put {TEACHER_FILE} into the data folder or use --teacher")
         self.cfg, self.student, self.dtype = cfg, student, dtype
+        if any(cfg.align_weights) and isinstance(teacher, AveragedTeachers):
+            raise UserError(f"{cfg.exp_name} aligns layers, which wants a single teacher")
         self.__dict__["teacher"] = teacher  # past nn.Module's notice: its weights are nobody's parameters
         self.layers = {f"layer{i}": w for i, w in enumerate(cfg.align_weights, 1) if w}
         self.adapters = nn.ModuleDict(dict(self._adapters()))
@@ -1482,6 +1559,7 @@ class TrainState:
         self.scaler = torch.amp.GradScaler(device.type, enabled=loss_fn.dtype is torch.float16)
         self.ema = AveragedModel(loss_fn.student, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema_decay)) if (
             cfg.ema_decay) else None
+        self.best = _copy_of(self.deployed)  # of the epoch with the best validation accuracy
         parts = {"loss_fn": loss_fn, "optimizer": self.optimizer, "scaler": self.scaler}
         self.parts = parts | ({"ema": self.ema} if self.ema else {})
 
@@ -1491,14 +1569,23 @@ class TrainState:
         return self.ema.module if self.ema else self.loss_fn.student
 
     def state_dict(self):
-        return {"history": self.history} | {name: part.state_dict() for name, part in self.parts.items()}
+        return {"history": self.history, "best": self.best} | {n: part.state_dict() for n, part in self.parts.items()}
 
     def load_state_dict(self, state):
-        self.history = state["history"]
+        self.history, self.best = state["history"], state["best"]
         self.stopper = stopper_of(self.history, self.stopper.patience)
         for name, part in self.parts.items():
             if state[name]:  # the scaler's is empty where the run was not in fp16
                 part.load_state_dict(state[name])
+
+
+def refuse_evaluation(loader):
+    """UserError for a loader of evaluation images, whatever torch wrapped around their Dataset."""
+    dataset = loader.dataset
+    while dataset is not None:
+        if getattr(dataset, "name", None) == "evaluation":
+            raise UserError("evaluation images are for predictions alone: they must not enter training or validation")
+        dataset = getattr(dataset, "dataset", None)
 
 
 def train_one_epoch(state, forward, loader, cfg, epoch, views=None, on_step=None):
@@ -1506,8 +1593,9 @@ def train_one_epoch(state, forward, loader, cfg, epoch, views=None, on_step=None
 
     forward: state.loss_fn or its data-parallel wrapper. loader yields (images, labels) or Batch. views: TeacherViews
     to read or fill. on_step(n_images, sums) is told of each step. Sums stay on the device, so no step waits for one.
-    Raises UserError where the epoch's loss is not finite.
+    Raises UserError where a loss is not finite, or for evaluation images.
     """
+    refuse_evaluation(loader)
     loss_fn, device = state.loss_fn, next(state.loss_fn.parameters()).device
     loss_fn.train()
     loss_fn.set_progress((epoch + 1) / cfg.n_epochs)
@@ -1517,6 +1605,7 @@ def train_one_epoch(state, forward, loader, cfg, epoch, views=None, on_step=None
         torch.manual_seed(int(fingerprint(cfg.seed, epoch)[:12], 16))
     view, n_steps = getattr(loader, "epoch", epoch), len(loader)
     sums = torch.zeros(3, device=device, dtype=torch.float64)  # loss * images, correct, images
+    recent = []  # (loss on the device, rows) of the batches since the last look
     for step, batch in enumerate(loader):
         images, labels, rows, share = Batch(*batch)
         images = images.to(device, loss_fn.dtype or torch.float32, non_blocking=True,
@@ -1529,15 +1618,30 @@ def train_one_epoch(state, forward, loader, cfg, epoch, views=None, on_step=None
         if views and stored is None:
             views.write(view, rows, teacher_logits)
         sums[0] += loss.detach() * len(labels)
-        sums[1] += (student_logits.detach().argmax(1) == labels).sum()
+        sums[1] += (student_logits.detach().argmax(1) == (labels.argmax(1) if labels.ndim > 1 else labels)).sum()
         sums[2] += len(labels)
+        recent.append((loss.detach(), rows))
+        if len(recent) == cfg.finite_check or step == n_steps - 1:
+            check_finite(recent, cfg, epoch, loader)
+            recent = []
         if on_step:
             on_step(len(labels), sums)
     _collective("all_reduce", sums)
     loss, correct, n = sums.tolist()
-    if not math.isfinite(loss):
-        raise UserError(f"the loss of epoch {epoch + 1} is not finite: lower lr (now {cfg.lr:g}) or set amp=off")
     return {"lr": lr, "train_loss": loss / n, "train_acc": correct / n}
+
+
+def check_finite(recent, cfg, epoch, loader):
+    """UserError naming epoch and images of the first of the `recent` (loss, rows) whose loss is not finite.
+
+    It reads the device, so it is called every cfg.finite_check batches and not at each.
+    """
+    good = torch.stack([loss for loss, _ in recent]).isfinite().tolist()
+    if not all(good):
+        rows = recent[good.index(False)][1]
+        ids = "" if rows is None else f" at the images {', '.join(loader.split.ids[i] for i in rows[:8].tolist())}, ..."
+        raise UserError(f"the loss of epoch {epoch + 1} is not finite{ids}: lower lr (now {cfg.lr:g}) or set amp=off; "
+                        "the last whole epoch is saved")
 
 
 def optimizer_step(state, loss, lr, grad_norm_max):
@@ -1633,59 +1737,105 @@ class RunDisplay:
 
 
 KAGGLE_HOURS, SESSION_START = 12, time.time()
+BEHAVIOUR_KEYS = {"time_limit_h", "finite_check"}
+HISTORY_COLUMNS = ("epoch", "lr", "train_loss", "train_acc", "valid_loss", "valid_acc", "n", "seconds")
+
+
+def time_is_up(cfg, history, device):
+    """Whether another epoch would leave too little of the session to predict and to write every CSV.
+
+    Kept free are the longest epoch so far once more (a prediction is shorter) and five minutes, or a tenth of a limit
+    that is short. The session began when this module was imported. The first of several processes decides.
+    """
+    limit = 3600 * (cfg.time_limit_h or (KAGGLE_HOURS - 0.5 if on_kaggle() else math.inf))
+    longest = max((row["seconds"] for row in history), default=0.0)
+    up = torch.tensor(time.time() - SESSION_START + 2 * longest + min(300, limit / 10) > limit, device=device)
+    _collective("broadcast", up, 0)
+    return bool(up)
 
 
 def fit(student, train_loader, valid_loader, cfg, teacher=None, folder=None, facts=None, fresh=False):
     """Train any net as `cfg` says and return the history: a list of rows, one an epoch.
 
-    The loaders are BatchLoaders or the course's DataLoaders; the net is on its device. With a folder it writes
+    The loaders are BatchLoaders or the course's DataLoaders (valid_loader None: no validation, the last epoch's net is
+    the best); the net is on its device. With a folder it writes
     student_best.ckpt (a plain fp32 state dict of the net with the best validation accuracy), last.ckpt, log.csv and
     config.json after every epoch, and goes on from last.ckpt where one is there, exactly as if it had not stopped.
     facts: what `identity` returns; it must be the same for going on. fresh=True starts again.
-    The student ends with its best weights. Raises UserError where the folder's run has other settings, or where it is
-    handed evaluation images.
+    The student ends with its best weights: also where the time limit, or a notebook's stop button, ends it early.
+    Raises UserError where the folder's run has other settings or another process works there, where a loss is not
+    finite, where memory does not suffice, or where it is handed evaluation images.
     """
-    if getattr(train_loader.dataset, "name", None) == "evaluation":
-        raise UserError("evaluation images are for predictions alone: they must not enter training")
+    for loader in filter(None, (train_loader, valid_loader)):
+        refuse_evaluation(loader)
+    if cfg.teacher_views and not isinstance(train_loader, BatchLoader):
+        raise UserError("teacher_views wants a BatchLoader: a DataLoader's views cannot be replayed")
     device = next(student.parameters()).device
     loss_fn = DistillLoss(cfg, student, teacher, amp_dtype(device, cfg.amp))
     loss_fn.to(device, memory_format=torch.channels_last)
-    state = TrainState(loss_fn, cfg, device)
-    saved = saved_run(cfg, folder, facts) if folder and not fresh else None
-    if saved:
-        state.load_state_dict(saved)
-        say(f"{cfg.exp_name}: " + ("finished before, loaded" if is_finished(state.history, cfg) else
-                                   f"goes on after epoch {len(state.history)}") + f" from {folder}")
-    if isinstance(train_loader, BatchLoader):
-        say(describe_run(cfg, train_loader))
-    if cfg.teacher_views and not isinstance(train_loader, BatchLoader):
-        raise UserError("teacher_views wants a BatchLoader: a DataLoader's views cannot be replayed")
-    views = TeacherViews(cfg, train_loader.split, state_checksum(teacher), loss_fn.dtype) if (
-        cfg.teacher_views and cfg.needs_teacher) else None
-    forward = loss_fn
+    with locked(folder) if folder else contextlib.nullcontext(), out_of_memory_named(cfg):
+        state, facts = TrainState(loss_fn, cfg, device), all_facts(cfg, facts)
+        if folder and not fresh:
+            go_on(state, cfg, folder, facts)
+        if isinstance(train_loader, BatchLoader):
+            say(describe_run(cfg, train_loader))
+        views = TeacherViews(cfg, train_loader.split, state_checksum(teacher), loss_fn.dtype) if (
+            cfg.teacher_views and cfg.needs_teacher) else None
+        if folder and not (is_finished(state.history, cfg) and (Path(folder) / "student_best.ckpt").is_file()):
+            save_run(state, folder, facts)
+        with stop_button(cfg, state):
+            train_epochs(state, train_loader, valid_loader, cfg, views, folder, facts)
+        student.load_state_dict(state.best)
+    return state.history
+
+
+def train_epochs(state, train_loader, valid_loader, cfg, views, folder, facts):
+    """Train, validate and save epoch by epoch until the last one, until patience or the session's time runs out."""
+    forward, device = state.loss_fn, next(state.loss_fn.parameters()).device
     if rank_and_world()[1] > 1:
-        forward = nn.parallel.DistributedDataParallel(loss_fn, [device] if device.type == "cuda" else None)
-    best = _copy_of(state.deployed)
-    if folder and state.history:
-        best = load_weights(Path(folder) / "student_best.ckpt")
+        forward = nn.parallel.DistributedDataParallel(forward, [device] if device.type == "cuda" else None)
     display = RunDisplay(cfg, len(train_loader.dataset), len(state.history), state.stopper.best)
-    try:
+    with contextlib.closing(display.bar):
         while not is_finished(state.history, cfg):
+            if time_is_up(cfg, state.history, device):
+                say(f"{cfg.exp_name}: ends after epoch {len(state.history)} of {cfg.n_epochs}, for the session's time "
+                    "is nearly up; the same run in a new session goes on from there")
+                break
             start, epoch = time.perf_counter(), len(state.history)
             row = train_one_epoch(state, forward, train_loader, cfg, epoch, views, display.on_step)
             for buffer in state.deployed.buffers():  # all processes validate the net with the first one's statistics
                 _collective("broadcast", buffer, 0)
-            row |= evaluate(state.deployed, valid_loader)
-            if state.stopper.update(row["valid_acc"]):
-                best = _copy_of(state.deployed)
+            row |= evaluate(state.deployed, valid_loader) if valid_loader else {"valid_acc": math.nan}
+            if state.stopper.update(row["valid_acc"]) or not valid_loader:
+                state.best = _copy_of(state.deployed)
             state.history.append({"epoch": epoch + 1, **row, "seconds": time.perf_counter() - start})
             display.on_epoch(state.history[-1], state.stopper.best)
             if folder:
-                save_run(state, best, folder, all_facts(cfg, facts))
-    finally:
-        display.bar.close()
-    student.load_state_dict(best)
-    return state.history
+                save_run(state, folder, facts)
+
+
+@contextlib.contextmanager
+def stop_button(cfg, state):
+    """In a notebook an interrupted training ends its block instead of raising; the command line stops as usual."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not in_notebook():
+            raise
+        say(f"{cfg.exp_name}: stopped after epoch {len(state.history)}; the best student so far is kept, and running "
+            "the cell again goes on from there")
+
+
+@contextlib.contextmanager
+def out_of_memory_named(cfg):
+    """Memory that does not suffice becomes a UserError that names the settings to change."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        raise UserError(f"{cfg.exp_name}: out of memory with batch_size={cfg.batch_size}, image_size={cfg.image_size}: "
+                        f"set batch_size={max(2, cfg.batch_size // 2)} (and --fresh, if the run has begun)") from None
 
 
 def _copy_of(model):
@@ -1694,17 +1844,47 @@ def _copy_of(model):
                        for key, value in model.state_dict().items())
 
 
-def save_run(state, best, folder, facts):
-    """Write a run's four files, from the first process only. last.ckpt comes last: what it tells of is there."""
+def save_run(state, folder, facts):
+    """Write a run's files, from the first process only. last.ckpt alone holds all that the others are made of.
+
+    The last.ckpt of the save before is kept as previous.ckpt.
+    """
     if rank_and_world()[0] == 0:
         folder = Path(folder)
         write_text(folder / "config.json", json.dumps(facts, indent=1) + "\n")
-        if state.stopper.since_best == 0:
-            save_checkpoint(best, folder / "student_best.ckpt")
+        newest = state.stopper.since_best == 0 or not state.stopper.best >= 0
+        if newest or not (folder / "student_best.ckpt").is_file():
+            save_checkpoint(state.best, folder / "student_best.ckpt")
         with written_whole(folder / "log.csv") as temporary:
-            pd.DataFrame(state.history).to_csv(temporary, index=False)
-        save_checkpoint({"facts": json.dumps(facts), **state.state_dict()}, folder / "last.ckpt")
+            pd.DataFrame(state.history, columns=HISTORY_COLUMNS).to_csv(temporary, index=False)
+        save_checkpoint({"facts": json.dumps(facts), **state.state_dict()}, folder / "last.ckpt", "previous.ckpt")
     _collective("barrier")
+
+
+def go_on(state, cfg, folder, facts):
+    """Bring `state` to where the folder's run stopped, if there is one; on Kaggle also to where an input's did."""
+    saved, place = saved_run(cfg, folder, facts), folder
+    if saved is None and on_kaggle():
+        saved, place = attached_run(cfg, folder, facts)
+    if saved:
+        state.load_state_dict(saved)
+        n, finished = len(state.history), is_finished(state.history, cfg)
+        say(f"{cfg.exp_name}: {'finished before, loaded' if finished else f'goes on after epoch {n}'} from {place}")
+
+
+def attached_run(cfg, folder, facts):
+    """(checkpoint, its folder) of the run of the same stage in a Kaggle input, the longest; (None, None) without one.
+
+    An earlier session's output, attached as an input, is found so. A run with other settings is ignored, and said.
+    """
+    name = Path(folder).relative_to(default_out()) if Path(folder).is_relative_to(default_out()) else Path(cfg.exp_name)
+    found = []
+    for path in sorted((kaggle_root() / "input").glob(f"**/{name}/last.ckpt")):
+        try:
+            found.append((saved_run(cfg, path.parent, facts), path.parent))
+        except UserError as error:
+            say(f"ignored: {error}")
+    return max(found, key=lambda pair: len(pair[0]["history"]), default=(None, None))
 
 
 def all_facts(cfg, facts=None):
@@ -1713,27 +1893,49 @@ def all_facts(cfg, facts=None):
 
 
 def saved_run(cfg, folder, facts):
-    """A folder's last.ckpt, or None where there is none. Raises UserError where it has other settings.
+    """The checkpoint of the run in a folder, or None where there is none. Raises UserError where it cannot go on.
 
-    A larger n_epochs is no other setting where neither the learning rate nor the loss depends on it, nor is another
-    number of processes where the run is finished.
+    A damaged last.ckpt is said, and the save before it is taken. A larger n_epochs is no other setting where neither
+    the learning rate nor the loss depends on it (the run simply goes on), nor is another number of processes where
+    the run is finished.
     """
-    path = Path(folder) / "last.ckpt"
-    if not path.is_file():
+    saved = read_run(folder)
+    if saved is None:
         return None
-    saved = load_file(path)
-    if not isinstance(saved, dict) or "facts" not in saved:
-        raise UserError(f"{path} is no run of this program")
-    was, now = json.loads(saved["facts"]), json.loads(json.dumps(all_facts(cfg, facts)))
+    was, now = json.loads(saved["facts"]), json.loads(json.dumps(facts))
     if cfg.lr_schedule == cfg.loss_schedule == "constant" and was["config"]["n_epochs"] < cfg.n_epochs:
         was["config"]["n_epochs"] = cfg.n_epochs
     if is_finished(saved["history"], cfg):
         now["processes"] = was["processes"]
     was, now = ({**one.pop("config"), **one} for one in (was, now))
-    other = [f"{key} {was.get(key)} (now {now.get(key)})" for key in {**was, **now} if was.get(key) != now.get(key)]
+    other = [f"{key} {was.get(key)} (now {now.get(key)})" for key in {**was, **now}
+             if was.get(key) != now.get(key) and key not in BEHAVIOUR_KEYS]
     if other:
         raise UserError(f"{folder} holds a run with other settings: {', '.join(other)}; --fresh starts it again")
     return saved
+
+
+def read_run(folder):
+    """What last.ckpt of a folder holds, or previous.ckpt where that is damaged or missing; None without either."""
+    damaged = []
+    for path in (Path(folder) / "last.ckpt", Path(folder) / "previous.ckpt"):
+        if not path.is_file():
+            continue
+        try:
+            saved = load_file(path)
+            if not isinstance(saved, dict) or not {"facts", "history", "best"} <= saved.keys():
+                raise UserError(f"{path} is no run of this program")
+        except UserError as error:
+            damaged.append(str(error))
+            continue
+        if damaged:
+            say(f"WARNING: {damaged[0]}; going on from {path.name}, the save before it")
+            with contextlib.suppress(OSError):  # else the next save would keep the damaged one as its predecessor
+                (Path(folder) / "last.ckpt").unlink()
+        return saved
+    if damaged:
+        raise UserError(f"{damaged[0]}; --fresh starts the run again")
+    return None
 
 
 class TeacherViews:
@@ -1747,12 +1949,13 @@ class TeacherViews:
     def __init__(self, cfg, split, teacher_checksum, dtype=None):
         shape = (cfg.teacher_views, len(split), NUM_CLASSES)
         keys = ("seed", "image_size", "batch_size", "crop_scale", "crop_ratio", "hflip", "vflip", "rotation", "affine",
-                "teacher_views")
+                "mixup", "cutmix", "teacher_views")
         key = fingerprint(teacher_checksum, str(dtype), split.ids, split.cache.name, rank_and_world()[1],
                           [getattr(cfg, k) for k in keys]).encode()
         self.path = cache_root() / f"teacher-{key.decode()}.logits"
         size = len(key) + 4 * math.prod(shape)
         if not self.path.is_file() and rank_and_world()[0] == 0:
+            check_space(self.path, size)
             with written_whole(self.path) as temporary, open(temporary, "wb") as file:
                 file.write(key)
                 for _ in range(shape[0]):
@@ -1805,12 +2008,20 @@ def load_student(path, device="cpu"):
     path = Path(path)
     state = load_weights(path)
     try:
-        cfg = Config(**json.loads(path.with_name("config.json").read_text())["config"])
+        cfg = Config(**read_facts(path)["config"])
         student = build_student(cfg)
         student.load_state_dict(state)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{path} does not go with a config.json beside it ({str(error).splitlines()[0]})") from None
     return freeze(student).to(device), cfg
+
+
+def read_facts(path):
+    """What the config.json beside a checkpoint says: the config, and what else identifies the run."""
+    try:
+        return dict(json.loads(Path(path).with_name("config.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} does not go with a config.json beside it ({error})") from None
 
 
 def build_loaders(cfg, data, device):
@@ -1854,7 +2065,7 @@ def checked_student(cfg, teacher, device, folder, facts):
     check_budget(student)
     DistillLoss(cfg, student, teacher)
     if folder:
-        saved_run(cfg, folder, facts)
+        saved_run(cfg, folder, all_facts(cfg, facts))
     return student
 
 
@@ -1876,7 +2087,7 @@ def run_stage(cfg, data, teacher=None, out=None, fresh=False, device=None):
 def finish_stage(student, valid_loader, cfg, data, history, folder):
     """Score a trained student, predict the evaluation images into <folder>.csv, and return the stage's Run."""
     score = evaluate(student, valid_loader)
-    run = Run(cfg, Path(folder), data.origin, pd.DataFrame(history), check_budget(student),
+    run = Run(cfg, Path(folder), data.origin, pd.DataFrame(history, columns=HISTORY_COLUMNS), check_budget(student),
               count_macs(student, cfg.image_size), score["valid_acc"], score["n"], Path(folder).with_suffix(".csv"))
     submit(student, data, cfg, run.csv, valid_loader.device)
     return run
@@ -1885,7 +2096,8 @@ def finish_stage(student, valid_loader, cfg, data, history, folder):
 def submit(student, data, cfg, path, device, tta=False):
     """Predict the evaluation images, write the CSV and validate it. Where labels are known, say the accuracy."""
     split = load_data(data, "evaluation", "eval", cfg.image_size)
-    classes = predict(student, split, cfg, device, tta)
+    whole = load_data(data, "evaluation", "whole", cfg.image_size) if tta else None
+    classes = predict(student, split, cfg, device, whole)
     if rank_and_world()[0] == 0:
         write_submission(path, split.ids, classes)
         validate_submission(path, split.ids)
@@ -1894,11 +2106,12 @@ def submit(student, data, cfg, path, device, tta=False):
         say(f"accuracy on {len(classes)} evaluation images of {data.origin}: {plus_minus(accuracy, len(classes))}")
 
 
-def run(data, stages=tuple(STAGES), teacher=None, out=None, fresh=False, length="full", **overrides):
+def run(data, stages=tuple(STAGES), teacher=None, out=None, fresh=False, length="full", final=None, **overrides):
     """Run stages one after another and write the best by validation as submission.csv. Returns the list of Runs.
 
     teacher: a path (default: the data folder's file; on the demo set one is trained). A stage that needs a teacher
-    where there is none is left out, and that is said. Raises UserError before any work for whatever is wrong.
+    where there is none is left out, and that is said. final: "csv" repeats the best stage on training and validation
+    images (`final_fit`), "submit" also makes that submission.csv. What is wrong raises UserError before any work.
     """
     out, device = Path(out or default_out()), pick_device()
     configs = [get_config(stage, length, data.is_demo, **overrides) for stage in stages]
@@ -1918,9 +2131,46 @@ def run(data, stages=tuple(STAGES), teacher=None, out=None, fresh=False, length=
     for cfg in possible:  # what is wrong with a later stage is said before the first one trains
         folder = None if fresh else stage_folder(cfg, data, out)
         checked_student(cfg, teacher if cfg.needs_teacher else None, device, folder, facts[cfg.needs_teacher])
-    runs = [run_stage(cfg, data, teacher, out, fresh, device) for cfg in possible]
-    write_best(runs, data, out)
+    with locked(out):
+        runs = [run_stage(cfg, data, teacher, out, fresh, device) for cfg in possible]
+        write_best(runs, data, out)
+        if final:
+            best = max(runs, key=lambda run: run.valid_acc)
+            final_fit(best, data, teacher, out, fresh, final == "submit")
     return runs
+
+
+def with_validation(data):
+    """The FoodData whose training images are the training and the validation images, for `final_fit` alone."""
+    def both(rows):
+        return rows | {"training": rows["training"] + rows["validation"]}
+
+    return dataclasses.replace(data, **{name: both(getattr(data, name)) for name in ("files", "labels", "ids")})
+
+
+def final_fit(validated, data, teacher=None, out=None, fresh=False, submit_it=False):
+    """Repeat a validated Run on training and validation images together and return the path of its CSV.
+
+    Every choice is the validated stage's, its best epoch included: there it stops. No images are left to validate on,
+    so it has no validation score. It replaces submission.csv only with submit_it=True.
+    """
+    best_epoch = int(validated.history["valid_acc"].argmax()) + 1
+    cfg = dataclasses.replace(validated.cfg, exp_name=f"{validated.name}_final", patience=best_epoch)
+    device, everything = pick_device(), with_validation(data)
+    teacher = teacher if cfg.needs_teacher else None
+    folder, facts = stage_folder(cfg, data, out), identity(everything, teacher) | {"final": True}
+    student = checked_student(cfg, teacher, device, None if fresh else folder, facts)
+    train = BatchLoader(load_data(everything, "training", "whole" if cfg.crop_scale else "eval", cfg.image_size), cfg,
+                        device, train=True)
+    fit(student, train, None, cfg, teacher, folder, facts, fresh)
+    path = folder.with_suffix(".csv")
+    submit(student, data, cfg, path, device)
+    score = plus_minus(validated.valid_acc, validated.n_valid)
+    say(f"{cfg.exp_name}: repeats {validated.name} (validated {score}) for {best_epoch} epochs on "
+        f"{len(train.split):,} images; it has no validation score of its own")
+    if submit_it:
+        copy_submission(path, data, out, f"the final fit of {validated.name}, as asked")
+    return path
 
 
 def write_best(runs, data, out=None):
@@ -1930,14 +2180,19 @@ def write_best(runs, data, out=None):
     None is returned and that is said.
     """
     best = max(runs, key=lambda run: run.valid_acc)
+    return copy_submission(best.csv, data, out, f"{best.name} has the best validation accuracy, "
+                           f"{plus_minus(best.valid_acc, best.n_valid)} ({best.n_valid} images, {data.origin})")
+
+
+def copy_submission(csv_path, data, out, why):
+    """Copy a CSV to submission.csv (submission_demo.csv for the demo set), say why, and return the path or None."""
     if data.class_folders:
         say("no submission.csv: the evaluation images of a public copy of Food-11 are not the homework's")
         return None
     path = Path(out or default_out()) / ("submission_demo.csv" if data.is_demo else "submission.csv")
     if rank_and_world()[0] == 0:
-        write_text(path, best.csv.read_text())
-    say(f"{path} is {best.csv}: {best.name} has the best validation accuracy, "
-        f"{plus_minus(best.valid_acc, best.n_valid)} ({best.n_valid} images, {data.origin})")
+        write_text(path, csv_path.read_text())
+    say(f"{path} is {csv_path}: {why}")
     return path
 
 
@@ -1990,17 +2245,44 @@ def find_teacher(data, path=None, out=None, device="cpu", fresh=False):
 # =====================================================================================================================
 
 
-def tta_logits(student, loader):
-    """Mean class probabilities (N, 11) over the exact evaluation view and its mirror image."""
-    mirrored = (Batch(batch.images.flip(3), batch.labels) for batch in loader)
-    return sum(F.softmax(predict_logits(student, view)[0], 1) for view in (loader, mirrored)) / 2
+TTA_SCALES = (1.0, 0.75)
 
 
-def predict(student, split, cfg, device="cpu", tta=False):
-    """The class (N,) int64 of every image of a Split, in its order; tta=True averages two views of each."""
-    loader = BatchLoader(split, cfg, device, batch_size=256, shared=False)
+def centre_crops(aspects, scale):
+    """The Affine of the central square of `scale` times a picture's shorter side, in the `whole` view; aspects (N,)."""
+    wide, high = (scale * (aspects ** sign).clamp(max=1) for sign in (-1, 1))
+    nothing = torch.zeros(len(aspects))
+    return Affine(_matrix(wide, nothing, nothing, high)[:, :2].float(), ())
+
+
+def tta_probabilities(student, exact, whole, scales=TTA_SCALES):
+    """Mean class probabilities (N, 11) over the exact evaluation view, other scales of it, and all their mirror images.
+
+    exact and whole: BatchLoaders of the `eval` and of the `whole` view of one split. Nothing is drawn.
+    """
+    def crops(scale):
+        affine = centre_crops(whole.split.aspects, scale)
+        for batch in whole:
+            theta = affine.theta[batch.rows].to(batch.images.device)
+            yield Batch(warp(batch.images, Affine(theta, ()), whole.cfg.image_size), batch.labels)
+
+    def mirrored(batches):
+        return (Batch(batch.images.flip(3), batch.labels) for batch in batches)
+
+    views = [exact, mirrored(exact)]
+    for scale in scales:
+        views += [crops(scale), mirrored(crops(scale))]
+    return sum(F.softmax(predict_logits(student, view)[0], 1) for view in views) / len(views)
+
+
+def predict(student, split, cfg, device="cpu", whole=None):
+    """The class (N,) int64 of every image of a Split in the `eval` view, in its order.
+
+    whole: the same split in the `whole` view, for test-time augmentation.
+    """
+    exact, other = (BatchLoader(s, cfg, device, batch_size=256, shared=False) if s else None for s in (split, whole))
     student = student.to(device)
-    return (tta_logits(student, loader) if tta else predict_logits(student, loader)[0]).argmax(1)
+    return (tta_probabilities(student, exact, other) if whole else predict_logits(student, exact)[0]).argmax(1)
 
 
 def write_submission(path, ids, classes):
@@ -2260,6 +2542,8 @@ def build_parser():
     add("--teacher", metavar="FILE", help=f"teacher checkpoint (default: {TEACHER_FILE} of the data)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a config key")
     add("--length", default="full", choices=list(LENGTHS), help="share of each stage's epochs")
+    add("--final", choices=["csv", "submit"], help="then repeat the best stage on training + validation images, into a "
+        "CSV of its own, or also into submission.csv")
     add("--fresh", action="store_true", help="start again where a run is there already")
     for name, function, help in (("evaluate", _evaluate_command, "validation accuracy of a checkpoint"),
                                  ("predict", _predict_command, "write the CSV of a checkpoint")):
@@ -2292,13 +2576,15 @@ def _run_command(args):
         if data is None:
             raise UserError("no data found: name its folder with --data DIR, or use --demo for the drawn demo set")
         say(f"{data.describe()}\n{data.counts().to_string()}")
-        runs = run(data, stages, args.teacher, args.out, args.fresh, args.length, **settings)
+        runs = run(data, stages, args.teacher, args.out, args.fresh, args.length, args.final, **settings)
         say(stage_table(runs).to_string())
 
 
 def _evaluate_command(args):
     data, device = read_folder(args.data), pick_device()
     student, cfg = load_student(args.checkpoint, device)
+    if read_facts(args.checkpoint).get("final"):
+        raise UserError(f"{args.checkpoint} was trained on the validation images too: it has no validation accuracy")
     valid = BatchLoader(load_data(data, "validation", "eval", cfg.image_size), cfg, device, batch_size=256)
     score = evaluate(student, valid)
     print(f"{args.checkpoint}: stage {cfg.exp_name}, {cfg.image_size} px, {data.origin}")

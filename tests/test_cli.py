@@ -26,7 +26,7 @@ def test_run_evaluate_predict_validate(food, teacher_file, here, capsys):
     assert "validation accuracy" in out.splitlines()[-4] and out.splitlines()[-1].startswith("boss")
     assert {p.relative_to(here / "out").as_posix() for p in (here / "out").rglob("*")} == {
         "submission.csv", *(f"{s}{end}" for s in ("simple", "boss") for end in (
-            "", ".csv", "/student_best.ckpt", "/last.ckpt", "/log.csv", "/config.json"))}
+            "", ".csv", "/student_best.ckpt", "/last.ckpt", "/previous.ckpt", "/log.csv", "/config.json"))}
     checkpoint = "out/boss/student_best.ckpt"
     assert h.main(["evaluate", "--data", str(food), "--checkpoint", checkpoint]) == 0
     last = capsys.readouterr().out.splitlines()[-1]

@@ -245,3 +245,50 @@ def test_a_last_batch_too_small_to_share_joins_the_one_before(food):
     loader = boss_loader(food, batch_size=7)  # 22 = 7 + 7 + 7 + 1
     loader.world = 2
     assert [len(rows) for rows in loader.batches()] == [7, 7, 8]
+
+
+# --- mixing ----------------------------------------------------------------------------------------------------------
+
+
+def mixing_loader(food, **settings):
+    cfg = h.get_config("strong", image_size=64, batch_size=8, rotation=0.0, affine=0.0, **settings)
+    return h.BatchLoader(h.load_data(h.find_data(food), "training", "whole", 64), cfg, "cpu", train=True)
+
+
+@pytest.mark.parametrize("settings", [{"mixup": 1.0}, {"cutmix": 1.0}])
+def test_mixing_blends_a_batch_with_itself_and_its_labels_with_the_same_shares(food, settings):
+    plain, mixed = mixing_loader(food), mixing_loader(food, **settings)
+    for a, b in zip(plain, mixed, strict=True):
+        assert torch.equal(a.rows, b.rows) and b.labels.shape == (len(a.labels), 11)
+        hot = torch.nn.functional.one_hot(a.labels, 11).float()
+        other = hot.roll(1, 0)
+        differ = (hot != other).any(1)
+        share = ((b.labels - other) * hot).sum(1)[differ]
+        assert torch.allclose(b.labels.sum(1), torch.ones(len(hot))) and share.std() < 1e-5
+        if "mixup" in settings:
+            wanted = share[0] * a.images + (1 - share[0]) * a.images.roll(1, 0)
+            assert torch.allclose(b.images, wanted, atol=1e-5)
+        else:  # every pixel is one of the two pictures', and the share is the area of the first
+            own = (b.images == a.images).all(1)
+            assert (own | (b.images == a.images.roll(1, 0)).all(1)).all()
+            assert own.float().mean((1, 2))[differ].mean().item() == pytest.approx(share[0].item(), abs=0.02)
+
+
+def test_mixing_is_a_function_of_seed_and_epoch(food):
+    def epoch(loader, number):
+        loader.set_epoch(number)
+        torch.manual_seed(torch.seed() % 1000)  # the global state must not matter
+        return torch.cat([batch.images for batch in loader])
+
+    settings = {"mixup": 0.8, "cutmix": 0.5}
+    first, state = epoch(mixing_loader(food, **settings), 1), torch.get_rng_state()
+    assert torch.equal(epoch(mixing_loader(food, **settings), 1), first)
+    assert not torch.equal(epoch(mixing_loader(food, **settings), 2), first)
+    assert not torch.equal(epoch(mixing_loader(food, seed=3, **settings), 1), first) and len(state)
+
+
+def test_validation_batches_are_never_mixed(food):
+    cfg = h.get_config("strong", image_size=64, mixup=1.0, cutmix=1.0)
+    split = h.load_data(h.find_data(food), "validation", "eval", 64)
+    batch = next(iter(h.BatchLoader(split, cfg, "cpu")))
+    assert torch.equal(batch.images, h.normalize(split.images)) and batch.labels.ndim == 1

@@ -149,3 +149,19 @@ def test_soft_labels_flatten_with_the_temperature():
     assert torch.allclose(h.soft_labels(logits, 1), logits.softmax(1))
     tops = [h.soft_labels(logits, t).max().item() for t in (1, 4, 20)]
     assert tops == sorted(tops, reverse=True) and tops[2] < 0.4
+
+
+def test_several_teachers_are_averaged_as_probabilities(teacher_file, tmp_path):
+    torch.manual_seed(2)
+    torch.save(h.build_student(h.Config(student="resnet18", seed=5)).state_dict(), tmp_path / "b.ckpt")
+    one, two = h.load_teacher(teacher_file), h.load_teacher(tmp_path / "b.ckpt")
+    x = torch.randn(3, 3, 64, 64)
+    wanted = (one(x).softmax(1) + two(x).softmax(1)) / 2
+    for paths in (f"{teacher_file},{tmp_path / 'b.ckpt'}", [teacher_file, tmp_path / "b.ckpt"]):
+        both = h.load_teacher(paths)
+        assert torch.allclose(both(x).softmax(1), wanted, atol=1e-6)
+        assert not any(m.training for m in both.modules()) and not any(p.requires_grad for p in both.parameters())
+    assert h.load_teacher([teacher_file]).fc.weight.equal(one.fc.weight)
+    with pytest.raises(h.UserError, match="wants a single teacher"):
+        h.DistillLoss(h.get_config("boss", image_size=64), h.build_student(h.STAGES["boss"]), both)
+    h.DistillLoss(h.get_config("medium", image_size=64), h.build_student(h.STAGES["medium"]), both)

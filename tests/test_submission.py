@@ -53,12 +53,23 @@ def test_predictions_follow_the_ids(food):
     assert torch.equal(classes, one_by_one)
 
 
-def test_tta_is_deterministic_and_averages_the_mirror_image(food):
-    cfg = h.get_config("simple", image_size=64)
-    split = h.load_data(h.find_data(food), "evaluation", "eval", 64)
+def test_tta_is_the_mean_over_exact_view_scales_and_mirrors(food):
+    """Six views; scale 1 of the whole view is the central square of the picture, cut out and shrunk."""
+    cfg, data = h.get_config("simple", image_size=64), h.find_data(food)
+    exact, whole = (h.load_data(data, "evaluation", view, 64) for view in ("eval", "whole"))
     student = h.freeze(h.build_student(cfg))
-    x = h.normalize(split.images)
-    wanted = (student(x).softmax(1) + student(x.flip(3)).softmax(1)) / 2
-    loader = h.BatchLoader(split, cfg, "cpu", batch_size=2)
-    assert torch.allclose(h.tta_logits(student, loader), wanted, atol=1e-5)
-    assert torch.equal(h.predict(student, split, cfg, tta=True), wanted.argmax(1))
+    views = [h.normalize(exact.images)]
+    for scale in h.TTA_SCALES:
+        views.append(h.normalize(h.warp(whole.images, h.centre_crops(whole.aspects, scale), 64)))
+    wanted = sum(student(x).softmax(1) + student(x.flip(3)).softmax(1) for x in views) / 6
+    loaders = [h.BatchLoader(split, cfg, "cpu", batch_size=2) for split in (exact, whole)]
+    assert torch.allclose(h.tta_probabilities(student, *loaders), wanted, atol=1e-5)
+    assert torch.equal(h.predict(student, exact, cfg, whole=whole), wanted.argmax(1))
+
+
+def test_a_centre_crop_is_a_square_of_the_picture():
+    """Of a picture twice as wide as high, the whole height and half the width; of a high one the other way round."""
+    crops = h.centre_crops(torch.tensor([2.0, 0.5, 1.0]), 1.0).theta
+    assert torch.allclose(crops[:, [0, 1], [0, 1]], torch.tensor([[0.5, 1.0], [1.0, 0.5], [1.0, 1.0]]))
+    assert crops[:, :, 2].abs().max() == 0 and torch.allclose(h.centre_crops(torch.ones(1), 0.75).theta[0, 0, 0],
+                                                              torch.tensor(0.75))

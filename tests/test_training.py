@@ -115,8 +115,34 @@ def test_a_loss_that_is_not_finite_is_an_error(food):
     cfg, _, train, valid, student = prepared(food, "simple")
     with torch.no_grad():
         student[0].weight.fill_(float("nan"))
-    with pytest.raises(h.UserError, match="not finite"):
+    train.set_epoch(0)
+    first = ", ".join(train.split.ids[i] for i in train.batches()[0][:8].tolist())
+    with pytest.raises(h.UserError, match=f"loss of epoch 1 is not finite at the images {first}, .*lower lr"):
         h.fit(student, train, valid, cfg)
+
+
+@pytest.mark.parametrize(("finite_check", "steps"), [(1, 2), (2, 2), (20, 3)])
+def test_it_stops_within_so_many_batches_and_keeps_the_last_good_checkpoint(food, tmp_path, monkeypatch, finite_check,
+                                                                            steps):
+    """The second batch of the second epoch goes wrong: epoch 1 stays saved, and going on from it is exact."""
+    cfg, _, train, valid, student = prepared(food, "simple", n_epochs=3, finite_check=finite_check)
+    whole = h.build_student(cfg)
+    h.fit(whole, train, valid, cfg, folder=tmp_path / "whole")
+    original, seen = h.BatchLoader.views_of, []
+
+    def poisoned(loader, rows, draw=None):
+        seen.append(loader.train)
+        images = original(loader, rows, draw)
+        return images * float("nan") if loader.train and seen.count(True) == 5 else images
+
+    with monkeypatch.context() as patch:
+        patch.setattr(h.BatchLoader, "views_of", poisoned)
+        with pytest.raises(h.UserError, match="epoch 2 is not finite.*last whole epoch is saved"):
+            h.fit(student, train, valid, cfg, folder=tmp_path / "cut")
+    assert seen.count(True) == 3 + steps
+    resumed = h.build_student(cfg)
+    assert len(h.fit(resumed, train, valid, cfg, folder=tmp_path / "cut")) == 3
+    assert h.state_checksum(resumed) == h.state_checksum(whole)
 
 
 # --- fit -------------------------------------------------------------------------------------------------------------
@@ -126,7 +152,7 @@ def test_a_run_leaves_its_files_and_the_best_student(food, teacher_file, tmp_pat
     cfg, _, train, valid, student = prepared(food, ema_decay=0.5)
     history = h.fit(student, train, valid, cfg, h.load_teacher(teacher_file), tmp_path / "boss")
     assert sorted(p.name for p in (tmp_path / "boss").iterdir()) == ["config.json", "last.ckpt", "log.csv",
-                                                                    "student_best.ckpt"]
+                                                                    "previous.ckpt", "student_best.ckpt"]
     log = pd.read_csv(tmp_path / "boss/log.csv")
     assert len(log) == 4 == len(history) and {"epoch", "lr", "train_loss", "valid_acc", "seconds"} <= set(log)
     state = torch.load(tmp_path / "boss/student_best.ckpt", weights_only=True)
@@ -215,9 +241,13 @@ def test_evaluation_images_cannot_train(food):
     cfg, data, _, valid, student = prepared(food, "simple")
     loaders = (h.BatchLoader(h.load_data(data, "evaluation", "eval", 64), cfg, "cpu", train=True),
                DataLoader(h.FoodDataset(data, "evaluation", h.reference_transform(cfg, train=True)), 4))
-    for loader in loaders:
-        with pytest.raises(h.UserError, match="evaluation images"):
-            h.fit(student, loader, valid, cfg)
+    subset = DataLoader(torch.utils.data.Subset(loaders[1].dataset, [0, 1]), 2)
+    state = h.TrainState(h.DistillLoss(cfg, student), cfg, torch.device("cpu"))
+    for loader in (*loaders, subset):
+        for forbidden in (lambda bad: h.fit(student, bad, valid, cfg), lambda bad: h.fit(student, valid, bad, cfg),
+                          lambda bad: h.train_one_epoch(state, state.loss_fn, bad, cfg, 0)):
+            with pytest.raises(h.UserError, match="evaluation images"):
+                forbidden(loader)
 
 
 def test_fit_takes_a_loader_of_any_dataset(food):

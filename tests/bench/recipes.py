@@ -1,0 +1,363 @@
+"""A fair ring: named recipes trained on one data folder under one budget.
+
+    HW13_PHOTOS=DIR python tests/bench/recipes.py NAME ... [--epochs 30] [--size 112] [--seeds 1 2]
+    python tests/bench/recipes.py --list          what each name is
+    python tests/bench/recipes.py --table         the stored rows, the paired differences, the picture
+
+Every recipe of a call sees the same images, teacher, size and number of epochs; `fit` trains it. A row is appended to
+results/recipes.csv when its training ends, and one that is there already is not trained again. Checkpoints and the
+validation logits of each student lie in the work folder, so a killed call goes on where it stopped. --predict DIR
+writes the evaluation CSVs of the named recipes, of the first seed. Candidates live here; what wins moves to helpers.py.
+"""
+
+import argparse
+import dataclasses
+import os
+import re
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+import helpers as h  # noqa: E402
+
+RESULTS = Path(__file__).parent / "results"
+ACTIVATIONS = {"relu": nn.ReLU, "hswish": nn.Hardswish, "leaky": partial(nn.LeakyReLU, 0.01), "silu": nn.SiLU}
+
+# --- candidate nets --------------------------------------------------------------------------------------------------
+
+
+def conv_bn(width, out, kernel=1, stride=1, groups=1, act=None):
+    """Convolution without bias, batch norm, and an activation if one is named."""
+    layers = [nn.Conv2d(width, out, kernel, stride, kernel // 2, groups=groups, bias=False), nn.BatchNorm2d(out)]
+    return nn.Sequential(*layers, *([ACTIVATIONS[act]()] if act else []))
+
+
+class SqueezeExcite(nn.Module):
+    """Channels weighed by what the whole picture shows (Hu et al. 2018), through a bottleneck of `width` / 8."""
+
+    def __init__(self, width):
+        super().__init__()
+        few = max(4, width // 8)
+        self.gate = nn.Sequential(nn.Conv2d(width, few, 1), nn.ReLU(), nn.Conv2d(few, width, 1), nn.Hardsigmoid())
+
+    def forward(self, x):
+        return x * self.gate(x.mean((2, 3), keepdim=True))
+
+
+class BlurPool(nn.Module):
+    """Anti-aliased stride (Zhang 2019): a fixed 3x3 binomial filter before every second pixel is taken."""
+
+    def __init__(self, width):
+        super().__init__()
+        line = torch.tensor([0.25, 0.5, 0.25])
+        self.register_buffer("filter", (line[:, None] * line).expand(width, 1, 3, 3).clone(), persistent=False)
+
+    def forward(self, x):
+        return F.conv2d(x, self.filter.to(x.dtype), None, 2, 1, groups=x.shape[1])
+
+
+class Residual(nn.Module):
+    """x + branch(x), where the sizes agree; else the branch, or a given shortcut + branch."""
+
+    def __init__(self, branch, same, shortcut=None):
+        super().__init__()
+        self.branch, self.same, self.shortcut = branch, same, shortcut
+
+    def forward(self, x):
+        skipped = self.shortcut(x) if self.shortcut else x if self.same else 0
+        return skipped + self.branch(x)
+
+
+def inverted_residual(width, out, stride, s):
+    """Expand 1x1, depthwise k x k, project 1x1, with a shortcut where shapes agree (Sandler et al. 2018)."""
+    wide, blur = width * s.expansion, s.blur and stride == 2
+    layers = [conv_bn(width, wide, act=s.act)] if s.expansion > 1 else []
+    layers += [conv_bn(wide, wide, s.kernel, 1 if blur else stride, wide, s.act)]
+    layers += [BlurPool(wide)] if blur else []
+    layers += [SqueezeExcite(wide)] if s.se else []
+    layers += [conv_bn(wide, out)]
+    return Residual(nn.Sequential(*layers), stride == 1 and width == out)
+
+
+def plain_dwpw(width, out, stride, s):
+    """The course's dwpw_conv without biases: no shortcut."""
+    return nn.Sequential(conv_bn(width, width, s.kernel, stride, width, s.act), conv_bn(width, out, act=s.act))
+
+
+def residual_dwpw(width, out, stride, s):
+    """dw-pw with a shortcut where shapes agree: half of an inverted residual's depth in activations, none wide."""
+    branch = nn.Sequential(conv_bn(width, width, s.kernel, stride, width, s.act), conv_bn(width, out))
+    return nn.Sequential(Residual(branch, stride == 1 and width == out), ACTIVATIONS[s.act]())
+
+
+def convnext(width, out, stride, s):
+    """Depthwise k x k first, then expand and project (Liu et al. 2022), batch norm in place of layer norm."""
+    wide = out * s.expansion
+    layers = [conv_bn(width, width, s.kernel, stride, width), conv_bn(width, wide, act=s.act), conv_bn(wide, out)]
+    return Residual(nn.Sequential(*layers), stride == 1 and width == out)
+
+
+BLOCKS = {"ir": inverted_residual, "dwpw": plain_dwpw, "resdw": residual_dwpw, "next": convnext}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A net in a line: a 3x3 stem, layers of (channels, blocks, stride of the first), a head, a classifier."""
+
+    layers: tuple
+    stem: int = 16
+    stem_stride: int = 2
+    stem_kernel: int = 3
+    block: str = "ir"
+    expansion: int = 3
+    kernel: int = 3
+    act: str = "relu"
+    se: bool = False
+    blur: bool = False
+    head: int = 0  # channels of a last 1x1 convolution, 0: none
+
+    def build(self):
+        """The net: (B, 3, H, W) -> logits (B, 11), its layers named layer1, layer2, ..."""
+        width = self.stem
+        net = nn.Sequential()
+        net.add_module("stem", conv_bn(3, width, self.stem_kernel, self.stem_stride, act=self.act))
+        for number, (out, depth, stride) in enumerate(self.layers, 1):
+            blocks = []
+            for first in [True] + [False] * (depth - 1):
+                blocks.append(BLOCKS[self.block](width, out, stride if first else 1, self))
+                width = out
+            net.add_module(f"layer{number}", nn.Sequential(*blocks))
+        if self.head:
+            net.add_module("head", conv_bn(width, self.head, act=self.act))
+            width = self.head
+        net.add_module("pool", h.GlobalAvgPool())
+        net.add_module("fc", nn.Linear(width, h.NUM_CLASSES))
+        return net
+
+
+def best_legal_net():
+    """The best legal published net as far as its description goes: 59,790 parameters, 17 M multiply-adds.
+
+    A depthwise-separable 7x7 stride-2 stem and pool, then ResNet-18's basic blocks of two depthwise-separable
+    convolutions, 1, 4, 1 and 1 of them at 16, 32, 64 and 128 channels, a 1x1 shortcut in each layer's first block.
+    """
+    def separable(width, out, stride):
+        return [conv_bn(width, width, 3, stride, width, "relu"), conv_bn(width, out)]
+
+    def basic(width, out, stride, first):
+        branch = nn.Sequential(*separable(width, out, stride), nn.ReLU(), *separable(out, out, 1))
+        shortcut = nn.Sequential(nn.Conv2d(width, out, 1, stride), nn.BatchNorm2d(out)) if first else None
+        return nn.Sequential(Residual(branch, True, shortcut), nn.ReLU())
+
+    net, width = nn.Sequential(), 16
+    net.add_module("stem", nn.Sequential(
+        nn.Conv2d(3, 3, 7, 2, 3, groups=3, bias=False), nn.Conv2d(3, 16, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.MaxPool2d(3, 2, 1)))
+    for number, (out, depth, stride) in enumerate(((16, 1, 1), (32, 4, 2), (64, 1, 2), (128, 1, 2)), 1):
+        blocks = []
+        for i in range(depth):
+            blocks.append(basic(width, out, stride if i == 0 else 1, i == 0))
+            width = out
+        net.add_module(f"layer{number}", nn.Sequential(*blocks))
+    net.add_module("pool", h.GlobalAvgPool())
+    net.add_module("fc", nn.Linear(width, h.NUM_CLASSES))
+    return net
+
+
+class FrozenStem(nn.Sequential):
+    """Layers that stay as they were copied: no gradients, and batch norm always in eval mode."""
+
+    def train(self, mode=True):
+        return super().train(False)
+
+
+def published_boss_net(cfg, teacher):
+    """The published Boss student, 99,891 parameters: the teacher's own stem, copied and frozen, and four dwpw_convs."""
+    net = h.build_student(cfg)
+    stem = FrozenStem(*net.stem)
+    stem[0].load_state_dict(teacher.conv1.state_dict())
+    stem[1].load_state_dict(teacher.bn1.state_dict())
+    net.stem = stem.requires_grad_(False)
+    return net
+
+
+# --- candidate losses ------------------------------------------------------------------------------------------------
+
+
+def standardised_kd(student_logits, labels, teacher_logits, alpha, temperature):
+    """loss_fn_kd on logits of mean 0 and deviation 1 in each row (Sun et al. 2024)."""
+    student, teacher = (F.layer_norm(x.float(), x.shape[1:]) for x in (student_logits, teacher_logits))
+    return PLAIN_KD(student, labels, teacher, alpha, temperature)
+
+
+def dist_kd(student_logits, labels, teacher_logits, alpha, temperature):
+    """DIST (Huang et al. 2022): 1 - correlation between rows and between columns of the softened probabilities."""
+    student, teacher = (h.soft_labels(x, temperature) for x in (student_logits, teacher_logits))
+
+    def apart(a, b):
+        return 1 - F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True), dim=1).mean()
+
+    return temperature**2 * (2 * apart(student, teacher) + 2 * apart(student.T, teacher.T))
+
+
+PLAIN_KD = h.loss_fn_kd
+
+# --- recipes ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A Config, the net where it is not the config's own, and a replacement of loss_fn_kd where there is one."""
+
+    cfg: h.Config
+    build: object = None  # () -> net
+    kd: object = PLAIN_KD
+    replay: bool = True  # the teacher's logits of every epoch may be stored and shared by the recipes of a call
+
+    def net(self, cfg, teacher):
+        """The student with weights drawn from the seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(cfg.seed)
+            if self.build is published_boss_net:
+                return published_boss_net(cfg, teacher)
+            return self.build() if self.build else h.build_student(cfg)
+
+
+# Patient and consistent teaching in a short form: the teacher's answers alone, on the student's own view.
+TEACH = dataclasses.replace(
+    h.STAGES["simple"], loss_fn_type="KD", alpha=1.0, temperature=4.0, crop_scale=(0.35, 1.0), optimizer="adamw",
+    weight_decay=0.02, lr=4e-3, lr_schedule="cosine", warmup_epochs=1.0, batch_size=64, grad_norm_max=10.0)
+LAYERS = ((24, 2, 2), (32, 3, 2), (48, 2, 2))
+
+
+def arch(layers=LAYERS, **settings):
+    """A recipe that differs from TEACH in its net alone."""
+    return Recipe(TEACH, Spec(layers, **settings).build)
+
+
+def taught(spec=None, kd=PLAIN_KD, **settings):
+    """A recipe of TEACH with other settings on one net."""
+    return Recipe(dataclasses.replace(TEACH, **settings), (spec or BASE).build, kd)
+
+
+BASE = Spec(((24, 2, 2), (32, 3, 2), (48, 2, 1)))
+
+RECIPES = {
+    # the marks
+    "sample_ce": Recipe(dataclasses.replace(h.STAGES["simple"], lr=1e-3)),
+    "sample_kd": Recipe(dataclasses.replace(h.STAGES["medium"], lr=1e-3)),
+    "published_boss": Recipe(dataclasses.replace(
+        h.STAGES["boss"], stem_width=64, widths=(64, 128, 256, 140), depths=(1,) * 4, strides=(1, 2, 2, 2)),
+        published_boss_net, replay=False),
+    "legal_dwpw": Recipe(h.STAGES["boss"], replay=False),
+    "best_legal": Recipe(TEACH, best_legal_net),
+    # nets under one recipe
+    "a_dwpw": Recipe(dataclasses.replace(TEACH, student="dwpw")),
+    "a_ir_strided": arch(),
+    "a_ir_late1": arch(((24, 2, 2), (32, 3, 2), (48, 2, 1))),
+    "a_ir_late2": arch(((24, 2, 2), (32, 3, 1), (48, 2, 1))),
+    "a_resdw": arch(((32, 2, 2), (64, 4, 2), (96, 3, 1)), block="resdw", stem=24),
+    "a_plain_deep": arch(((32, 2, 2), (64, 4, 2), (96, 3, 1)), block="dwpw", stem=24),
+    "a_ir_e2": arch(((24, 3, 2), (40, 4, 2), (56, 2, 1)), expansion=2),
+    "a_ir_e4": arch(((16, 2, 2), (32, 3, 2), (40, 2, 1)), expansion=4),
+    "a_ir_k5": arch(((24, 2, 2), (32, 3, 2), (40, 2, 1)), kernel=5),
+    "a_ir_k7": arch(((16, 2, 2), (32, 2, 2), (40, 2, 1)), kernel=7),
+    "a_ir_se": arch(((24, 2, 2), (32, 2, 2), (40, 2, 1)), se=True),
+    "a_ir_hswish": arch(((24, 2, 2), (32, 3, 2), (48, 2, 1)), act="hswish"),
+    "a_ir_silu": arch(((24, 2, 2), (32, 3, 2), (48, 2, 1)), act="silu"),
+    "a_ir_blur": arch(((24, 2, 2), (32, 3, 2), (48, 2, 1)), blur=True),
+    "a_ir_head": arch(((24, 2, 2), (32, 2, 2), (48, 2, 1)), head=192),
+    "a_next_k7": arch(((16, 2, 2), (32, 3, 2), (48, 3, 1)), block="next", kernel=7, expansion=2),
+    "a_next_k5": arch(((24, 2, 2), (40, 3, 2), (48, 3, 1)), block="next", kernel=5, expansion=2),
+}
+
+
+# --- the ring --------------------------------------------------------------------------------------------------------
+
+
+def train(name, args, seed, data, teacher, device):
+    """Train a recipe and return its row; its student's logits on the validation images go to the work folder."""
+    recipe = RECIPES[name]
+    views = args.epochs if recipe.replay and recipe.cfg.needs_teacher else 0
+    cfg = dataclasses.replace(recipe.cfg, exp_name=name, image_size=args.size, n_epochs=args.epochs, seed=seed,
+                              patience=args.epochs, teacher_views=views, amp=args.amp)
+    net = recipe.net(cfg, teacher).to(device)
+    teacher = teacher if cfg.needs_teacher else None
+    folder = work_folder(name, args, seed)
+    train_loader, valid_loader = h.build_loaders(cfg, data, device)
+    with mock.patch.object(h, "loss_fn_kd", recipe.kd):
+        history = h.fit(net, train_loader, valid_loader, cfg, teacher, folder, h.identity(data, teacher))
+    logits, labels = h.predict_logits(net, valid_loader)
+    torch.save({"logits": logits, "labels": labels}, folder / "valid.pt")
+    accuracy = (logits.argmax(1) == labels).double().mean().item()
+    return {"recipe": name, "epochs": args.epochs, "size": args.size, "seed": seed, "accuracy": accuracy,
+            "s.e.": h.standard_error(accuracy, len(labels)),
+            "parameters": sum(p.numel() for p in net.parameters()), "macs_224": h.count_macs(net, 224),
+            "seconds": sum(row["seconds"] for row in history), "logits": logits}
+
+
+def work_folder(name, args, seed):
+    """Where a training keeps its files."""
+    return args.work / f"{name}-{args.size}px-{args.epochs}ep-{seed}"
+
+
+def stored_rows():
+    """The rows of results/recipes.csv so far, or an empty frame."""
+    path = RESULTS / "recipes.csv"
+    return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=["recipe", "epochs", "size", "seed"])
+
+
+def store(row):
+    """Append a row to results/recipes.csv."""
+    with h.written_whole(RESULTS / "recipes.csv") as temporary:
+        pd.concat([stored_rows(), pd.DataFrame([row])]).to_csv(temporary, index=False, float_format="%.5g")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--data", default=os.environ.get("HW13_PHOTOS"))
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--size", type=int, default=112)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--amp", default="auto")
+    parser.add_argument("--work", type=Path, default=h.cache_root() / "recipes")
+    parser.add_argument("--list", action="store_true")
+    args = parser.parse_args()
+    names = [name for pattern in args.names for name in RECIPES if re.fullmatch(pattern, name)]
+    if args.list or not names:
+        for name, recipe in RECIPES.items():
+            net = recipe.net(recipe.cfg, h.build_student(h.TEACHER_CONFIG))
+            print(f"{name:<16} {sum(p.numel() for p in net.parameters()):>7,} parameters, "
+                  f"{h.count_macs(net, 224) / 1e6:>6.1f} M multiply-adds at 224 px")
+        return
+    device, data = h.pick_device(), h.find_data(args.data)
+    teacher = h.load_teacher(data.teacher, device)
+    valid = h.BatchLoader(h.load_data(data, "validation", "eval", args.size), h.Config(image_size=args.size), device)
+    teacher_classes = h.predict_logits(teacher, valid)[0].argmax(1)
+    for seed in args.seeds:
+        for name in names:
+            there = stored_rows()
+            if ((there.recipe == name) & (there.epochs == args.epochs) & (there["size"] == args.size)
+                    & (there.seed == seed)).any():
+                continue
+            row = train(name, args, seed, data, teacher, device)
+            row["agreement"] = (row.pop("logits").argmax(1) == teacher_classes).double().mean().item()
+            row |= {"device": device.type, "date": time.strftime("%Y-%m-%d")}
+            store(row)
+            print(pd.DataFrame([row]).round(4).to_string(index=False), flush=True)
+
+
+if __name__ == "__main__":
+    main()
