@@ -1073,8 +1073,11 @@ class BatchLoader:
             return None
         if not self.cfg.crop_scale:
             return (torch.rand(len(self.split), generator=generator) < self.cfg.hflip).to(self.device)
-        theta, frames = sample_affine(self.split.aspects, self.cfg, generator)
-        return Affine(theta.to(self.device), tuple(f.to(self.device) for f in frames))
+        # In parts: what is drawn on the way is twenty times as large as what remains.
+        parts = [sample_affine(part, self.cfg, generator) for part in self.split.aspects.split(4096)]
+        frames = zip(*(part.frames for part in parts), strict=True)
+        return Affine(torch.cat([part.theta for part in parts]).to(self.device),
+                      tuple(torch.cat(frame).to(self.device) for frame in frames))
 
 
 def measure_throughput(loader, batches=6):
