@@ -2,12 +2,14 @@
 
     HW13_PHOTOS=DIR python tests/bench/recipes.py NAME ... [--epochs 30] [--size 112] [--seeds 1 2]
     python tests/bench/recipes.py --list          what each name is
-    python tests/bench/recipes.py --table         the stored rows, the paired differences, the picture
+    python tests/bench/recipes.py --table [--against NAME]   stored rows, paired differences, the pictures
+    python tests/bench/recipes.py NAME ... --predict DIR     evaluation CSVs of trained recipes
 
 Every recipe of a call sees the same images, teacher, size and number of epochs; `fit` trains it. A row is appended to
 results/recipes.csv when its training ends, and one that is there already is not trained again. Checkpoints and the
-validation logits of each student lie in the work folder, so a killed call goes on where it stopped. --predict DIR
-writes the evaluation CSVs of the named recipes, of the first seed. Candidates live here; what wins moves to helpers.py.
+validation logits of each student lie in the work folder, so a killed call goes on where it stopped. The accuracy is
+that of the epoch with the best validation accuracy, as `fit` keeps it; cpu_seconds are processor time of all threads,
+which a pause does not lengthen. Candidates live here; what wins moves to helpers.py.
 """
 
 import argparse
@@ -21,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -293,7 +296,7 @@ def train(name, args, seed, data, teacher, device):
     cfg = dataclasses.replace(recipe.cfg, exp_name=name, image_size=args.size, n_epochs=args.epochs, seed=seed,
                               patience=args.epochs, teacher_views=views, amp=args.amp)
     net = recipe.net(cfg, teacher).to(device)
-    teacher = teacher if cfg.needs_teacher else None
+    teacher, start = teacher if cfg.needs_teacher else None, time.process_time()
     folder = work_folder(name, args, seed)
     train_loader, valid_loader = h.build_loaders(cfg, data, device)
     with mock.patch.object(h, "loss_fn_kd", recipe.kd):
@@ -304,7 +307,8 @@ def train(name, args, seed, data, teacher, device):
     return {"recipe": name, "epochs": args.epochs, "size": args.size, "seed": seed, "accuracy": accuracy,
             "s.e.": h.standard_error(accuracy, len(labels)),
             "parameters": sum(p.numel() for p in net.parameters()), "macs_224": h.count_macs(net, 224),
-            "seconds": sum(row["seconds"] for row in history), "logits": logits}
+            "seconds": sum(row["seconds"] for row in history), "cpu_seconds": time.process_time() - start,
+            "logits": logits}
 
 
 def work_folder(name, args, seed):
@@ -324,6 +328,59 @@ def store(row):
         pd.concat([stored_rows(), pd.DataFrame([row])]).to_csv(temporary, index=False, float_format="%.5g")
 
 
+def correct(name, args, seed):
+    """(N,) 0 or 1 for each validation image of a trained recipe; None where its files are not there."""
+    path = work_folder(name, args, seed) / "valid.pt"
+    if not path.is_file():
+        return None
+    stored = torch.load(path, weights_only=True)
+    return (stored["logits"].argmax(1) == stored["labels"]).double()
+
+
+def table(args):
+    """The stored rows of one budget, the mean over seeds, and the paired difference to --against."""
+    rows = stored_rows()
+    rows = rows[(rows.epochs == args.epochs) & (rows["size"] == args.size)]
+    frame = rows.groupby("recipe").agg(
+        seeds=("seed", "count"), accuracy=("accuracy", "mean"), agreement=("agreement", "mean"),
+        parameters=("parameters", "first"), macs_224=("macs_224", "first"), cpu_seconds=("cpu_seconds", "mean"))
+    frame["s.e."] = (frame.accuracy * (1 - frame.accuracy) / 1493) ** 0.5
+    for name in frame.index:
+        seeds = set(rows.seed[rows.recipe == name]) & set(rows.seed[rows.recipe == args.against])
+        pairs = [(correct(name, args, s), correct(args.against, args, s)) for s in sorted(seeds)]
+        if pairs and all(a is not None and b is not None for a, b in pairs):
+            difference = torch.stack([a - b for a, b in pairs]).mean(0)
+            frame.loc[name, "difference"] = difference.mean().item()
+            frame.loc[name, "its s.e."] = (difference.std() / len(difference) ** 0.5).item()
+    frame = frame.sort_values("accuracy", ascending=False)
+    print(frame.round(4).to_string())
+    figure = plt.figure(figsize=(12, 4.5), dpi=80, layout="constrained")
+    figure.suptitle(f"the photo set (not Food-11), {args.size} px, {args.epochs} epochs: validation accuracy +- s.e.")
+    for i, (key, label) in enumerate((("parameters", "parameters"), ("macs_224", "multiply-adds at 224 px"),
+                                      ("cpu_seconds", "processor seconds")), 1):
+        axes = figure.add_subplot(1, 3, i, xlabel=label)
+        axes.errorbar(frame[key], frame.accuracy, frame["s.e."], fmt="o", color="#0072B2", ecolor="#BBBBBB")
+        for name, row in frame.iterrows():
+            axes.annotate(name, (row[key], row.accuracy), fontsize=7, xytext=(3, 2), textcoords="offset points")
+        if key == "parameters":
+            axes.axvline(h.PARAM_LIMIT, color="#D55E00", ls="--", lw=1)
+    figure.savefig(RESULTS / f"recipes-{args.size}px-{args.epochs}ep.png")
+
+
+def write_predictions(names, args, data, teacher, device):
+    """<name>.csv of the evaluation images for trained recipes (the first seed) and the teacher."""
+    cfg = h.Config(image_size=args.size)
+    split = h.load_data(data, "evaluation", "eval", args.size)
+    nets = {"teacher": teacher}
+    for name in names:
+        folder = work_folder(name, args, args.seeds[0])
+        net = RECIPES[name].net(RECIPES[name].cfg, teacher).to(device)
+        net.load_state_dict(h.load_weights(folder / "student_best.ckpt"))
+        nets[name] = h.freeze(net)
+    for name, net in nets.items():
+        h.write_submission(args.predict / f"{name}.csv", split.ids, h.predict(net, split, cfg, device))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME")
@@ -334,17 +391,24 @@ def main():
     parser.add_argument("--amp", default="auto")
     parser.add_argument("--work", type=Path, default=h.cache_root() / "recipes")
     parser.add_argument("--list", action="store_true")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--against", default="published_boss")
+    parser.add_argument("--predict", type=Path)
     args = parser.parse_args()
     names = [name for pattern in args.names for name in RECIPES if re.fullmatch(pattern, name)]
+    if args.table:
+        return table(args)
     if args.list or not names:
         for name, recipe in RECIPES.items():
             net = recipe.net(recipe.cfg, h.build_student(h.TEACHER_CONFIG))
             print(f"{name:<16} {sum(p.numel() for p in net.parameters()):>7,} parameters, "
                   f"{h.count_macs(net, 224) / 1e6:>6.1f} M multiply-adds at 224 px")
-        return
+        return None
     device, data = h.pick_device(), h.find_data(args.data)
     teacher = h.load_teacher(data.teacher, device)
     valid = h.BatchLoader(h.load_data(data, "validation", "eval", args.size), h.Config(image_size=args.size), device)
+    if args.predict:
+        return write_predictions(names, args, data, teacher, device)
     teacher_classes = h.predict_logits(teacher, valid)[0].argmax(1)
     for seed in args.seeds:
         for name in names:
@@ -357,6 +421,7 @@ def main():
             row |= {"device": device.type, "date": time.strftime("%Y-%m-%d")}
             store(row)
             print(pd.DataFrame([row]).round(4).to_string(index=False), flush=True)
+    return None
 
 
 if __name__ == "__main__":
