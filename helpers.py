@@ -1375,8 +1375,9 @@ class DistillLoss(nn.Module):
 
     forward(images (B, 3, S, S), labels, teacher_logits=None) -> (loss, student_logits, teacher_logits or None). A term
     of zero weight is dropped, and the teacher does not run when no term needs it or its logits are given. Adapters are
-    1x1 convolutions where a student layer is narrower or wider than the teacher's: trained, never counted, never saved
-    with the student. The networks run under autocast to `dtype`; the losses are fp32.
+    1x1 convolutions where a student layer is narrower or wider than the teacher's, after an average pool where it is
+    larger: trained, never counted, never saved with the student. The networks run under autocast to `dtype`; the losses
+    are fp32.
     Raises UserError where a term needs a teacher and there is none, or where feature sizes differ.
     """
 
@@ -1426,12 +1427,14 @@ class DistillLoss(nn.Module):
                         for net in (self.student, self.teacher))
         for name, (channels, *size) in ours.items():
             wanted, *teacher_size = theirs[name]
-            if size != teacher_size:
+            factor = max(size[0] // teacher_size[0], 1)
+            if size != [factor * side for side in teacher_size]:
                 raise UserError(f"{name} of the student is {size[0]} px, the teacher's is {teacher_size[0]} px: choose "
-                                "strides that agree")
+                                "strides that agree, or that leave the student's a whole number of times as large")
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.cfg.seed)
-                yield name, nn.Identity() if channels == wanted else nn.Conv2d(channels, wanted, 1)
+                yield name, nn.Sequential(*([nn.AvgPool2d(factor)] if factor > 1 else []),
+                                          *([nn.Conv2d(channels, wanted, 1)] if channels != wanted else []))
 
 
 def feature_shapes(model, layers, image_size):
