@@ -23,6 +23,7 @@ import dataclasses
 import datetime
 import fcntl
 import functools
+import glob
 import hashlib
 import inspect
 import io
@@ -35,6 +36,7 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections import Counter, OrderedDict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -92,12 +94,13 @@ class Config:
     image_size: int = _key(224, "pixels a side that the networks see", 40, 512)
     # The student. The sample net has no settings; widths, depths and strides are one entry a layer of the others.
     student: str = _key("sample", "which builder in STUDENTS (or TEACHERS, for train_teacher)",
-                         choices=("sample", "dwpw", "resnet18", "resnet34", "resnet50"))
-    stem_width: int = _key(48, "channels after the 7x7 stem", 1, 1024)
+                         choices=("sample", "dwpw", "ir", "resnet18", "resnet34", "resnet50"))
+    stem_width: int = _key(48, "channels after the stem", 1, 1024)
     widths: tuple = _key((64, 128, 256), "channels of layer1, layer2, ...", 1, 4096)
-    depths: tuple = _key((1, 1, 1), "dwpw_conv blocks in each layer", 1, 64)
+    depths: tuple = _key((1, 1, 1), "blocks in each layer", 1, 64)
     strides: tuple = _key((1, 2, 2), "stride of each layer's first block", 1, 4)
     kernel_size: int = _key(3, "depthwise kernel", 1, 15)
+    expansion: int = _key(3, "an inverted residual is so many times as wide inside", 1, 16)
     # The training view. An empty crop_scale is the course's sample transform: the exact evaluation crop, and flips.
     crop_scale: tuple = _key((), "area of RandomResizedCrop, (low, high), or () for the centre crop", 0.01, 1.0)
     crop_ratio: tuple = _key((3 / 4, 4 / 3), "width / height of RandomResizedCrop, (low, high)", 0.1, 10.0)
@@ -142,8 +145,8 @@ class Config:
             ("kernel_size", self.kernel_size % 2, "an odd number"),
             ("depths", n_layers == len(self.depths) == len(self.strides) > 0, "as many entries as widths and strides"),
             ("align_weights", len(self.align_weights) <= min(4, n_layers), "a weight for each layer, 4 at most"),
-            ("align_weights", not self.align_weights or (self.loss_fn_type, self.student) == ("KD", "dwpw"),
-             "() unless loss_fn_type=KD and student=dwpw"),
+            ("align_weights", not self.align_weights or self.loss_fn_type == "KD" and self.student in ("dwpw", "ir"),
+             "() unless loss_fn_type=KD and student=dwpw or ir"),
             ("teacher_views", not (self.teacher_views and any(self.align_weights)),
              "0 with align_weights, because the teacher's feature maps are too large to store"),
             ("crop_scale", self.crop_scale or not (self.rotation or self.affine or self.vflip),
@@ -188,11 +191,12 @@ def parse_setting(text):
     """
     key, sign, value = (part.strip() for part in text.partition("="))
     fields = {f.name: f for f in dataclasses.fields(Config)}
-    if not sign or key not in fields:
+    if not sign or key not in fields or len(text) > 300:
         raise UserError(f"--set {text}: write KEY=VALUE, for example n_epochs=2; the keys are {', '.join(fields)}")
     kind = type(fields[key].default)
     if kind is not str:
-        with contextlib.suppress(ValueError, SyntaxError, TypeError):  # what is no number stays text: refused below
+        # What is no number stays text, and is refused below.
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             value = ast.literal_eval(value)
         value = (value,) if kind is tuple and not isinstance(value, tuple) else value
     return key, _checked(fields[key], value)
@@ -279,7 +283,7 @@ def show_source(function):
 def in_notebook():
     """Whether the code runs in a Jupyter kernel."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    return type(shell).__name__ == "ZMQInteractiveShell"
+    return any(kind.__name__ == "ZMQInteractiveShell" for kind in type(shell).__mro__)  # Colab's is a subclass
 
 
 class _CellDisplay(io.TextIOBase):
@@ -324,7 +328,7 @@ def rank_and_world():
 def say(text):
     """Print a line, from the first process only."""
     if rank_and_world()[0] == 0:
-        print(text, flush=True)
+        print(text.encode("utf-8", "backslashreplace").decode(), flush=True)  # file names may hold any byte
 
 
 def pick_device():
@@ -371,15 +375,23 @@ def amp_dtype(device, amp="auto"):
 
 
 @contextlib.contextmanager
-def written_whole(path):
-    """A temporary path beside `path`: renamed over it, flushed to disk, if the block ends well; else removed."""
+def written_whole(path, keep_as=None):
+    """A temporary path beside `path`: flushed to disk and renamed over it if the block ends well; else removed.
+
+    keep_as: a name beside it under which the file that was there is kept.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # by a killed process, a day ago or more
+            if time.time() - left.stat().st_mtime > 86_400:
+                left.unlink(missing_ok=True)
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        if keep_as and path.is_file():
+            os.replace(path, path.with_name(keep_as))
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror or error}); what was saved is intact") from None
@@ -400,10 +412,11 @@ def locked(folder):
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}); what was saved is intact") from None
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run is working in {folder}: wait for it or choose another --out") from None
         yield
-    except BlockingIOError:
-        raise UserError(f"another run is working in {folder}: wait for it or choose another --out") from None
     finally:
         os.close(file)
 
@@ -422,16 +435,11 @@ def write_text(path, text):
 
 
 def save_checkpoint(obj, path, keep_as=None):
-    """torch.save, whole or not at all; the file that was there is kept under the name `keep_as` beside it.
-
-    (It goes through memory, because torch reports a full disk as no OSError.)
-    """
+    """torch.save through `written_whole`. (Through memory, because torch reports a full disk as no OSError.)"""
     buffer = io.BytesIO()
     torch.save(obj, buffer)
-    with written_whole(path) as temporary:
+    with written_whole(path, keep_as) as temporary:
         temporary.write_bytes(buffer.getbuffer())
-        if keep_as and Path(path).is_file():
-            os.replace(path, Path(path).with_name(keep_as))
 
 
 def load_file(path):
@@ -445,6 +453,8 @@ def load_file(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds: pickle, zip, runtime, EOF
+        if getattr(error, "errno", None) or isinstance(error, MemoryError):  # it could not be read: not its fault
+            raise
         unsafe = "Unsupported" in str(error) or "weights_only" in str(error)
         why = "it holds more than tensors and plain values" if unsafe else "it is damaged or no torch file"
         raise UserError(f"{path} is not loaded: {why}") from None
@@ -607,6 +617,8 @@ def _read_split(folder, evaluation, ignored):
                 evaluation or path.stat().st_size):
             ignored.append(path)
             continue
+        if evaluation and not path.name.isprintable():
+            raise UserError(f"{ascii(str(path))} has a name that is no text: rename it")
         number = re.match(r"(\d+)_", path.name)
         if folders or evaluation or number:
             files.append(path)
@@ -730,12 +742,14 @@ def load_data(data, split, view, image_size):
     key = fingerprint(CACHE_VERSION, Image.__version__, torchvision.__version__, view, image_size, stats)
     path = cache_root() / f"{split}-{view}-{image_size}-{key}.images"
     n = len(files)
-    if not (path.is_file() and path.stat().st_size == _cache_bytes(n, side)) and rank_and_world()[0] == 0:
+    if not _is_cache(path, n, side) and rank_and_world()[0] == 0:
         _decode_all(data, split, view, image_size, path)
     _collective("barrier")
     header, images = _map_cache(path, n, side)
-    good = header["good"].bool()
-    keep = torch.arange(n)[good]
+    keep = header["good"].nonzero()[:, 0]
+    damaged = int((header["good"] != 1).sum())
+    if damaged:
+        say(f"WARNING: {damaged} of {n} {split} images are damaged; each was named when {path.name} was made")
     return Split(split, view, data.origin, images[:len(keep)], torch.tensor(data.labels[split])[keep],
                  tuple(data.ids[split][i] for i in keep.tolist()), header["aspect"][keep].clone(), path)
 
@@ -749,6 +763,12 @@ def check_space(path, size):
 def _cache_bytes(n, side):
     """Size of a cache file: per image an aspect (float32) and a flag (a byte), padded to 4 KiB, then the pixels."""
     return -(-5 * n // 4096) * 4096 + n * 3 * side * side
+
+
+def _is_cache(path, n, side):
+    """Whether a cache file is there: of the right size, and not the zeros that a failed copy or disk leaves."""
+    return path.is_file() and path.stat().st_size == _cache_bytes(n, side) and bool(
+        _map_cache(path, n, side)[0]["aspect"].all())
 
 
 def _map_cache(path, n, side, mode="r"):
@@ -769,8 +789,11 @@ def _decode_all(data, split, view, image_size, path):
         eval_transform(image_size))
     bad = {}
     with written_whole(path) as temporary:
-        header, images = _map_cache(temporary, len(files), side, "w+")
-        header["good"].fill_(1)
+        with open(temporary, "wb") as file:  # all of it, so that a disk cannot fill up below the mapping
+            os.posix_fallocate(file.fileno(), 0, size)
+        header, images = _map_cache(temporary, len(files), side, "r+")
+        for part in header.values():
+            part.fill_(1)
 
         def store(i, image):
             header["aspect"][i] = image.width / image.height
@@ -780,6 +803,8 @@ def _decode_all(data, split, view, image_size, path):
             try:
                 store(i, open_image(files[i]))
             except UserError as error:
+                if getattr(error.__context__, "errno", None):  # it could not be read now: not the picture's fault
+                    raise
                 bad[i] = str(error)
 
         with (warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool,
@@ -791,6 +816,7 @@ def _decode_all(data, split, view, image_size, path):
             for i in sorted(bad):
                 image, how = _rescue(files[i])
                 store(i, image)
+                header["good"][i] = 2
                 say(f"WARNING: {bad[i]}; {how}, so that its row stays in the CSV")
         elif bad:
             _leave_out(bad, header["good"], images)
@@ -1028,11 +1054,11 @@ class BatchLoader:
         self.epoch = epoch % self.cfg.teacher_views if replayed else epoch
 
     def batches(self):
-        """The rows of each step, over all processes: a last batch too small to share joins the one before."""
+        """The rows of each step, over all processes: a last batch of less than two for each joins the one before."""
         n = len(self.split)
         order = torch.randperm(n, generator=self._generator(0)) if self.train else torch.arange(n)
         steps = list(order.split(self.batch_size))
-        if len(steps) > 1 and len(steps[-1]) < self.world:
+        if len(steps) > 1 and len(steps[-1]) < 2 * self.world:
             steps[-2:] = [torch.cat(steps[-2:])]
         return steps
 
@@ -1134,24 +1160,64 @@ def sample_student(cfg):
     return net
 
 
+def stacked(cfg, stem, block):
+    """stem, then layer1, layer2, ... of `block(width, out, stride)` as the config says, then pool and classifier."""
+    parts, width = OrderedDict(stem=stem), cfg.stem_width
+    for number, (out, depth, stride) in enumerate(zip(cfg.widths, cfg.depths, cfg.strides, strict=True), 1):
+        blocks = []
+        for first in [True] + [False] * (depth - 1):
+            blocks.append(block(width, out, stride if first else 1))
+            width = out
+        parts[f"layer{number}"] = nn.Sequential(*blocks)
+    return nn.Sequential(parts | {"pool": GlobalAvgPool(), "fc": nn.Linear(width, NUM_CLASSES)})
+
+
 def dwpw_student(cfg):
     """A student of dwpw_conv blocks whose layer1, layer2, layer3 sit at the teacher's feature sizes (1/4, 1/8, 1/16).
 
     The stem is the teacher's shape (7x7 stride 2, max-pool); widths, depths, strides and kernel come from `cfg`.
     (B, 3, H, W) -> logits (B, 11).
     """
-    width = cfg.stem_width
-    stem = nn.Sequential(nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+    stem = nn.Sequential(nn.Conv2d(3, cfg.stem_width, 7, 2, 3, bias=False), nn.BatchNorm2d(cfg.stem_width), nn.ReLU(),
                          nn.MaxPool2d(3, 2, 1))
-    parts = OrderedDict(stem=stem)
-    for number, (out, depth, stride) in enumerate(zip(cfg.widths, cfg.depths, cfg.strides, strict=True), 1):
-        blocks = []
-        for first in [True] + [False] * (depth - 1):
-            blocks.append(dwpw_conv(width, out, cfg.kernel_size, stride if first else 1, cfg.kernel_size // 2))
-            width = out
-        parts[f"layer{number}"] = nn.Sequential(*blocks)
-    parts |= {"pool": GlobalAvgPool(), "fc": nn.Linear(width, NUM_CLASSES)}
-    return nn.Sequential(parts)
+    return stacked(cfg, stem, lambda width, out, stride: dwpw_conv(width, out, cfg.kernel_size, stride,
+                                                                   cfg.kernel_size // 2))
+
+
+def conv_bn(in_channels, out_channels, kernel_size=1, stride=1, groups=1, activate=True):
+    """A convolution without bias, batch norm and, unless activate=False, hard-swish (Howard et al. 2019)."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=False),
+        nn.BatchNorm2d(out_channels), *([nn.Hardswish()] if activate else []))
+
+
+class InvertedResidual(nn.Module):
+    """dwpw_conv between two widths: expand 1x1, depthwise k x k, project 1x1 (Sandler et al. 2018, MobileNetV2).
+
+    (B, in, H, W) -> (B, out, H / stride, W / stride). Space is seen at `expansion` times the width, where a depthwise
+    weight is cheap; the narrow ends carry a shortcut where their shapes agree, so that many blocks can be stacked.
+    """
+
+    def __init__(self, in_channels, out_channels, kernel_size=5, stride=1, expansion=3):
+        super().__init__()
+        wide = in_channels * expansion
+        self.shortcut = stride == 1 and in_channels == out_channels
+        self.expand = conv_bn(in_channels, wide)
+        self.depthwise = conv_bn(wide, wide, kernel_size, stride, groups=wide)
+        self.project = conv_bn(wide, out_channels, activate=False)
+
+    def forward(self, x):
+        out = self.project(self.depthwise(self.expand(x)))
+        return x + out if self.shortcut else out
+
+
+def ir_student(cfg):
+    """A student of inverted residuals behind a 3x3 stride-2 stem: (B, 3, H, W) -> logits (B, 11).
+
+    Late layers without a stride keep large feature maps, which cost multiply-adds and no parameters.
+    """
+    return stacked(cfg, conv_bn(3, cfg.stem_width, 3, 2), lambda width, out, stride: InvertedResidual(
+        width, out, cfg.kernel_size, stride, cfg.expansion))
 
 
 def _resnet(name):
@@ -1160,7 +1226,7 @@ def _resnet(name):
 
 
 TEACHERS = {name: _resnet(name) for name in ("resnet18", "resnet34", "resnet50")}
-STUDENTS = {"sample": sample_student, "dwpw": dwpw_student}
+STUDENTS = {"sample": sample_student, "dwpw": dwpw_student, "ir": ir_student}
 
 
 def build_student(cfg):
@@ -1245,7 +1311,8 @@ def load_weights(path):
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not state or not all(
+            isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()):
         raise UserError(f"{path} is not loaded: it holds no state dict (names of layers -> tensors)")
     return OrderedDict((re.sub(r"^((module|_orig_mod)\.)+", "", key), value) for key, value in state.items())
 
@@ -1565,7 +1632,7 @@ class TrainState:
         self.scaler = torch.amp.GradScaler(device.type, enabled=loss_fn.dtype is torch.float16)
         self.ema = AveragedModel(loss_fn.student, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema_decay)) if (
             cfg.ema_decay) else None
-        self.best = _copy_of(self.deployed)  # of the epoch with the best validation accuracy
+        self.best, self.improved = _copy_of(self.deployed), True  # the epoch with the best validation accuracy
         parts = {"loss_fn": loss_fn, "optimizer": self.optimizer, "scaler": self.scaler}
         self.parts = parts | ({"ema": self.ema} if self.ema else {})
 
@@ -1587,11 +1654,12 @@ class TrainState:
 
 def refuse_evaluation(loader):
     """UserError for a loader of evaluation images, whatever torch wrapped around their Dataset."""
-    dataset = loader.dataset
-    while dataset is not None:
+    inside = [loader.dataset]
+    while inside:
+        dataset = inside.pop()
         if getattr(dataset, "name", None) == "evaluation":
             raise UserError("evaluation images are for predictions alone: they must not enter training or validation")
-        dataset = getattr(dataset, "dataset", None)
+        inside += [*getattr(dataset, "datasets", ()), *([dataset.dataset] if hasattr(dataset, "dataset") else [])]
 
 
 def train_one_epoch(state, forward, loader, cfg, epoch, views=None, on_step=None):
@@ -1621,7 +1689,7 @@ def train_one_epoch(state, forward, loader, cfg, epoch, views=None, on_step=None
         loss, student_logits, teacher_logits = forward(images, labels, stored)
         lr = learning_rate(cfg, epoch + step / n_steps)
         optimizer_step(state, loss * share, lr, cfg.grad_norm_max)
-        if views and stored is None:
+        if views and stored is None and teacher_logits is not None:
             views.write(view, rows, teacher_logits)
         sums[0] += loss.detach() * len(labels)
         sums[1] += (student_logits.detach().argmax(1) == (labels.argmax(1) if labels.ndim > 1 else labels)).sum()
@@ -1646,8 +1714,8 @@ def check_finite(recent, cfg, epoch, loader):
     if not all(good):
         rows = recent[good.index(False)][1]
         ids = "" if rows is None else f" at the images {', '.join(loader.split.ids[i] for i in rows[:8].tolist())}, ..."
-        raise UserError(f"the loss of epoch {epoch + 1} is not finite{ids}: lower lr (now {cfg.lr:g}) or set amp=off; "
-                        "the last whole epoch is saved")
+        raise UserError(f"the loss of epoch {epoch + 1} is not finite{ids}: lower lr (now {cfg.lr:g}) or set amp=off, "
+                        "with --fresh; the last whole epoch is saved")
 
 
 def optimizer_step(state, loss, lr, grad_norm_max):
@@ -1743,6 +1811,7 @@ class RunDisplay:
 
 
 KAGGLE_HOURS, SESSION_START = 12, time.time()
+RUN_FILES = ("last.ckpt", "previous.ckpt")  # what a run goes on from, and the save before it
 BEHAVIOUR_KEYS = {"time_limit_h", "finite_check"}
 HISTORY_COLUMNS = ("epoch", "lr", "train_loss", "train_acc", "valid_loss", "valid_acc", "n", "seconds")
 
@@ -1754,7 +1823,7 @@ def time_is_up(cfg, history, device):
     that is short. The session began when this module was imported. The first of several processes decides.
     """
     limit = 3600 * (cfg.time_limit_h or (KAGGLE_HOURS - 0.5 if on_kaggle() else math.inf))
-    longest = max((row["seconds"] for row in history), default=0.0)
+    longest = max((row["seconds"] for row in history), default=min(300, limit / 20))
     up = torch.tensor(time.time() - SESSION_START + 2 * longest + min(300, limit / 10) > limit, device=device)
     _collective("broadcast", up, 0)
     return bool(up)
@@ -1780,15 +1849,19 @@ def fit(student, train_loader, valid_loader, cfg, teacher=None, folder=None, fac
     loss_fn = DistillLoss(cfg, student, teacher, amp_dtype(device, cfg.amp))
     loss_fn.to(device, memory_format=torch.channels_last)
     with locked(folder) if folder else contextlib.nullcontext(), out_of_memory_named(cfg):
-        state, facts = TrainState(loss_fn, cfg, device), all_facts(cfg, facts)
-        if folder and not fresh:
+        state, facts = TrainState(loss_fn, cfg, device), all_facts(cfg, student, facts)
+        if folder and fresh:
+            for name in RUN_FILES:
+                (Path(folder) / name).unlink(missing_ok=True)
+        elif folder:
             go_on(state, cfg, folder, facts)
+        _collective("barrier")  # all have read what the first process writes next
         if isinstance(train_loader, BatchLoader):
             say(describe_run(cfg, train_loader))
-        views = TeacherViews(cfg, train_loader.split, state_checksum(teacher), loss_fn.dtype) if (
+        views = TeacherViews(cfg, train_loader, state_checksum(teacher), loss_fn.dtype) if (
             cfg.teacher_views and cfg.needs_teacher) else None
-        if folder and not (is_finished(state.history, cfg) and (Path(folder) / "student_best.ckpt").is_file()):
-            save_run(state, folder, facts)
+        if folder:
+            save_run(state, folder, facts, starting=True, last=not is_finished(state.history, cfg))
         with stop_button(cfg, state):
             train_epochs(state, train_loader, valid_loader, cfg, views, folder, facts)
         student.load_state_dict(state.best)
@@ -1805,14 +1878,15 @@ def train_epochs(state, train_loader, valid_loader, cfg, views, folder, facts):
         while not is_finished(state.history, cfg):
             if time_is_up(cfg, state.history, device):
                 say(f"{cfg.exp_name}: ends after epoch {len(state.history)} of {cfg.n_epochs}, for the session's time "
-                    "is nearly up; the same run in a new session goes on from there")
+                    "is nearly up; a new session goes on from there (on Kaggle: attach this one's output as an input)")
                 break
             start, epoch = time.perf_counter(), len(state.history)
             row = train_one_epoch(state, forward, train_loader, cfg, epoch, views, display.on_step)
             for buffer in state.deployed.buffers():  # all processes validate the net with the first one's statistics
                 _collective("broadcast", buffer, 0)
             row |= evaluate(state.deployed, valid_loader) if valid_loader else {"valid_acc": math.nan}
-            if state.stopper.update(row["valid_acc"]) or not valid_loader:
+            state.improved = state.stopper.update(row["valid_acc"]) or not valid_loader
+            if state.improved:
                 state.best = _copy_of(state.deployed)
             state.history.append({"epoch": epoch + 1, **row, "seconds": time.perf_counter() - start})
             display.on_epoch(state.history[-1], state.stopper.best)
@@ -1838,10 +1912,12 @@ def out_of_memory_named(cfg):
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
+        if isinstance(error, RuntimeError) and not re.search(
+                "out of memory|allocate memory|not enough memory|ALLOC_FAILED|bad_alloc", str(error)):
             raise
+        traceback.clear_frames(error.__traceback__)  # a notebook would keep them, and with them the memory
         raise UserError(f"{cfg.exp_name}: out of memory with batch_size={cfg.batch_size}, image_size={cfg.image_size}: "
-                        f"set batch_size={max(2, cfg.batch_size // 2)} (and --fresh, if the run has begun)") from None
+                        f"set batch_size={max(2, cfg.batch_size // 2)} or a smaller image_size, with --fresh") from None
 
 
 def _copy_of(model):
@@ -1850,52 +1926,60 @@ def _copy_of(model):
                        for key, value in model.state_dict().items())
 
 
-def save_run(state, folder, facts):
+def save_run(state, folder, facts, starting=False, last=True):
     """Write a run's files, from the first process only. last.ckpt alone holds all that the others are made of.
 
-    The last.ckpt of the save before is kept as previous.ckpt.
+    The last.ckpt of the save before is kept as previous.ckpt. starting=True writes again what a kill or a user may
+    have harmed. last=False leaves last.ckpt as it is, if it is there.
     """
     if rank_and_world()[0] == 0:
         folder = Path(folder)
         write_text(folder / "config.json", json.dumps(facts, indent=1) + "\n")
-        newest = state.stopper.since_best == 0 or not state.stopper.best >= 0
-        if newest or not (folder / "student_best.ckpt").is_file():
+        if starting or state.improved or not (folder / "student_best.ckpt").is_file():
             save_checkpoint(state.best, folder / "student_best.ckpt")
         with written_whole(folder / "log.csv") as temporary:
             pd.DataFrame(state.history, columns=HISTORY_COLUMNS).to_csv(temporary, index=False)
-        save_checkpoint({"facts": json.dumps(facts), **state.state_dict()}, folder / "last.ckpt", "previous.ckpt")
+        if last or not (folder / RUN_FILES[0]).is_file():
+            save_checkpoint({"facts": json.dumps(facts), **state.state_dict()}, folder / RUN_FILES[0], RUN_FILES[1])
     _collective("barrier")
 
 
 def go_on(state, cfg, folder, facts):
-    """Bring `state` to where the folder's run stopped, if there is one; on Kaggle also to where an input's did."""
+    """Bring `state` to where the folder's run stopped, if there is one; on Kaggle to where an input's did, if later."""
     saved, place = saved_run(cfg, folder, facts), folder
-    if saved is None and on_kaggle():
-        saved, place = attached_run(cfg, folder, facts)
+    if on_kaggle():
+        earlier = attached_run(cfg, folder, facts)
+        if earlier and (saved is None or len(earlier[0]["history"]) > len(saved["history"])):
+            saved, place = earlier
     if saved:
-        state.load_state_dict(saved)
+        try:
+            state.load_state_dict(saved)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise UserError(f"{place} holds a run of another student or program ({str(error).splitlines()[0]}); "
+                            "--fresh starts it again") from None
         n, finished = len(state.history), is_finished(state.history, cfg)
         say(f"{cfg.exp_name}: {'finished before, loaded' if finished else f'goes on after epoch {n}'} from {place}")
 
 
 def attached_run(cfg, folder, facts):
-    """(checkpoint, its folder) of the run of the same stage in a Kaggle input, the longest; (None, None) without one.
+    """(checkpoint, its folder) of the longest run of the same stage in a Kaggle input; None without one.
 
     An earlier session's output, attached as an input, is found so. A run with other settings is ignored, and said.
     """
     name = Path(folder).relative_to(default_out()) if Path(folder).is_relative_to(default_out()) else Path(cfg.exp_name)
     found = []
-    for path in sorted((kaggle_root() / "input").glob(f"**/{name}/last.ckpt")):
+    for path in sorted((kaggle_root() / "input").glob(f"**/{name}/{RUN_FILES[0]}")):
         try:
             found.append((saved_run(cfg, path.parent, facts), path.parent))
         except UserError as error:
             say(f"ignored: {error}")
-    return max(found, key=lambda pair: len(pair[0]["history"]), default=(None, None))
+    return max(found, key=lambda pair: len(pair[0]["history"]), default=None)
 
 
-def all_facts(cfg, facts=None):
-    """What must be the same for a run to go on: the config, the number of processes, and `identity`."""
-    return {"config": dataclasses.asdict(cfg), "processes": rank_and_world()[1], **(facts or {})}
+def all_facts(cfg, student, facts=None):
+    """What must be the same for a run to go on: config, layers, number of processes, and what `identity` returns."""
+    layers = fingerprint([(name, repr(module)) for name, module in student.named_modules()])
+    return {"config": dataclasses.asdict(cfg), "layers": layers, "processes": rank_and_world()[1], **(facts or {})}
 
 
 def saved_run(cfg, folder, facts):
@@ -1908,11 +1992,11 @@ def saved_run(cfg, folder, facts):
     saved = read_run(folder)
     if saved is None:
         return None
-    was, now = json.loads(saved["facts"]), json.loads(json.dumps(facts))
-    if cfg.lr_schedule == cfg.loss_schedule == "constant" and was["config"]["n_epochs"] < cfg.n_epochs:
+    was, now = saved["facts"], json.loads(json.dumps(facts))
+    if cfg.lr_schedule == cfg.loss_schedule == "constant" and was["config"].get("n_epochs", 0) < cfg.n_epochs:
         was["config"]["n_epochs"] = cfg.n_epochs
     if is_finished(saved["history"], cfg):
-        now["processes"] = was["processes"]
+        now["processes"] = was.get("processes")
     was, now = ({**one.pop("config"), **one} for one in (was, now))
     other = [f"{key} {was.get(key)} (now {now.get(key)})" for key in {**was, **now}
              if was.get(key) != now.get(key) and key not in BEHAVIOUR_KEYS]
@@ -1922,25 +2006,31 @@ def saved_run(cfg, folder, facts):
 
 
 def read_run(folder):
-    """What last.ckpt of a folder holds, or previous.ckpt where that is damaged or missing; None without either."""
+    """What last.ckpt of a folder holds, or previous.ckpt where that is damaged or missing; None without either.
+
+    "facts" are parsed. A damaged last.ckpt is put aside, so that the next save cannot keep it as its predecessor.
+    """
     damaged = []
-    for path in (Path(folder) / "last.ckpt", Path(folder) / "previous.ckpt"):
+    for path in (Path(folder) / name for name in RUN_FILES):
         if not path.is_file():
             continue
         try:
             saved = load_file(path)
-            if not isinstance(saved, dict) or not {"facts", "history", "best"} <= saved.keys():
-                raise UserError(f"{path} is no run of this program")
+            facts = json.loads(saved["facts"])
+            if not (isinstance(facts["config"], dict) and all("valid_acc" in row for row in saved["history"])):
+                raise KeyError("config")
         except UserError as error:
-            damaged.append(str(error))
-            continue
-        if damaged:
-            say(f"WARNING: {damaged[0]}; going on from {path.name}, the save before it")
-            with contextlib.suppress(OSError):  # else the next save would keep the damaged one as its predecessor
-                (Path(folder) / "last.ckpt").unlink()
-        return saved
+            damaged.append((path, str(error)))
+        except (KeyError, TypeError, ValueError):
+            damaged.append((path, f"{path} is no run of this program"))
+        else:
+            if damaged:
+                say(f"WARNING: {damaged[0][1]}; going on from {path.name}, the save before it")
+                with contextlib.suppress(OSError):
+                    os.replace(damaged[0][0], damaged[0][0].with_name("damaged.ckpt"))
+            return saved | {"facts": facts}
     if damaged:
-        raise UserError(f"{damaged[0]}; --fresh starts the run again")
+        raise UserError(f"{damaged[0][1]}; --fresh starts the run again")
     return None
 
 
@@ -1952,12 +2042,13 @@ class TeacherViews:
     that are not stored yet are NaN, so a file that was cut short by a kill goes on where it stopped.
     """
 
-    def __init__(self, cfg, split, teacher_checksum, dtype=None):
+    def __init__(self, cfg, loader, teacher_checksum, dtype=None):
+        split = loader.split
         shape = (cfg.teacher_views, len(split), NUM_CLASSES)
         keys = ("seed", "image_size", "batch_size", "crop_scale", "crop_ratio", "hflip", "vflip", "rotation", "affine",
                 "mixup", "cutmix", "teacher_views")
-        key = fingerprint(teacher_checksum, str(dtype), split.ids, split.cache.name, rank_and_world()[1],
-                          [getattr(cfg, k) for k in keys]).encode()
+        key = fingerprint(teacher_checksum, str(dtype), loader.device.type, split.ids, split.cache.name,
+                          rank_and_world()[1], [getattr(cfg, k) for k in keys]).encode()
         self.path = cache_root() / f"teacher-{key.decode()}.logits"
         size = len(key) + 4 * math.prod(shape)
         if not self.path.is_file() and rank_and_world()[0] == 0:
@@ -1969,7 +2060,10 @@ class TeacherViews:
         _collective("barrier")
         if self.path.stat().st_size != size or self.path.open("rb").read(len(key)) != key:
             raise UserError(f"{self.path} holds the teacher's logits for other pictures or settings: delete it")
-        flat = torch.from_file(str(self.path), shared=True, size=size, dtype=torch.uint8)
+        try:
+            flat = torch.from_file(str(self.path), shared=True, size=size, dtype=torch.uint8)
+        except RuntimeError:
+            raise UserError(f"{self.path} cannot be written; set HW13_CACHE to a folder of your own") from None
         self.logits = flat[len(key):].view(torch.float32).view(shape)
 
     def read(self, view, rows, device):
@@ -2034,7 +2128,7 @@ def build_loaders(cfg, data, device):
     """(training BatchLoader, validation BatchLoader) of a config: the views that it trains on and the exact one."""
     train = load_data(data, "training", "whole" if cfg.crop_scale else "eval", cfg.image_size)
     valid = load_data(data, "validation", "eval", cfg.image_size)
-    return BatchLoader(train, cfg, device, train=True), BatchLoader(valid, cfg, device, batch_size=256)
+    return BatchLoader(train, cfg, device, train=True), BatchLoader(valid, cfg, device, batch_size=2 * cfg.batch_size)
 
 
 def describe_run(cfg, loader):
@@ -2071,7 +2165,7 @@ def checked_student(cfg, teacher, device, folder, facts):
     check_budget(student)
     DistillLoss(cfg, student, teacher)
     if folder:
-        saved_run(cfg, folder, all_facts(cfg, facts))
+        saved_run(cfg, folder, all_facts(cfg, student, facts))
     return student
 
 
@@ -2138,7 +2232,12 @@ def run(data, stages=tuple(STAGES), teacher=None, out=None, fresh=False, length=
         folder = None if fresh else stage_folder(cfg, data, out)
         checked_student(cfg, teacher if cfg.needs_teacher else None, device, folder, facts[cfg.needs_teacher])
     with locked(out):
-        runs = [run_stage(cfg, data, teacher, out, fresh, device) for cfg in possible]
+        runs = []
+        for cfg in possible:
+            runs.append(run_stage(cfg, data, teacher, out, fresh, device))
+            if not is_finished(runs[-1].history.to_dict("records"), cfg):
+                say(f"{cfg.exp_name} is not finished: the stages after it, if any, are left for the next time")
+                break
         write_best(runs, data, out)
         if final:
             best = max(runs, key=lambda run: run.valid_acc)
@@ -2155,20 +2254,30 @@ def with_validation(data):
 
 
 def final_fit(validated, data, teacher=None, out=None, fresh=False, submit_it=False):
-    """Repeat a validated Run on training and validation images together and return the path of its CSV.
+    """Repeat a validated Run on training and validation images together; the path of its CSV, None if not finished.
 
     Every choice is the validated stage's, its best epoch included: there it stops. No images are left to validate on,
     so it has no validation score. It replaces submission.csv only with submit_it=True.
     """
+    if validated.history.empty:
+        say(f"{validated.name}: no final fit, for it has no epoch yet")
+        return None
     best_epoch = int(validated.history["valid_acc"].argmax()) + 1
     cfg = dataclasses.replace(validated.cfg, exp_name=f"{validated.name}_final", patience=best_epoch)
     device, everything = pick_device(), with_validation(data)
     teacher = teacher if cfg.needs_teacher else None
     folder, facts = stage_folder(cfg, data, out), identity(everything, teacher) | {"final": True}
-    student = checked_student(cfg, teacher, device, None if fresh else folder, facts)
+    student = checked_student(cfg, teacher, device, None, facts)
+    try:
+        saved_run(cfg, folder, all_facts(cfg, student, facts))
+    except UserError as error:  # the validated stage has moved on since
+        say(f"{cfg.exp_name}: started again, for {error}")
+        fresh = True
     train = BatchLoader(load_data(everything, "training", "whole" if cfg.crop_scale else "eval", cfg.image_size), cfg,
                         device, train=True)
-    fit(student, train, None, cfg, teacher, folder, facts, fresh)
+    if not is_finished(fit(student, train, None, cfg, teacher, folder, facts, fresh), cfg):
+        say(f"{cfg.exp_name}: not finished, so no CSV is written; the same call goes on")
+        return None
     path = folder.with_suffix(".csv")
     submit(student, data, cfg, path, device)
     score = plus_minus(validated.valid_acc, validated.n_valid)
@@ -2234,7 +2343,9 @@ def train_teacher(data, out=None, cfg=None, fresh=False):
     device = pick_device()
     folder = stage_folder(cfg, data, out)
     train, valid = build_loaders(cfg, data, device)
-    fit(build_student(cfg).to(device), train, valid, cfg, None, folder, identity(data), fresh)
+    history = fit(build_student(cfg).to(device), train, valid, cfg, None, folder, identity(data), fresh)
+    if not is_finished(history, cfg):
+        raise UserError("the teacher is not finished, and a half-trained one must not teach: run again to go on")
     return folder / "student_best.ckpt"
 
 
@@ -2286,9 +2397,13 @@ def predict(student, split, cfg, device="cpu", whole=None):
 
     whole: the same split in the `whole` view, for test-time augmentation.
     """
-    exact, other = (BatchLoader(s, cfg, device, batch_size=256, shared=False) if s else None for s in (split, whole))
-    student = student.to(device)
-    return (tta_probabilities(student, exact, other) if whole else predict_logits(student, exact)[0]).argmax(1)
+    def loader(view):
+        return BatchLoader(view, cfg, device, batch_size=2 * cfg.batch_size, shared=False)
+
+    student, exact = student.to(device), loader(split)
+    if whole:
+        return tta_probabilities(student, exact, loader(whole)).argmax(1)
+    return predict_logits(student, exact)[0].argmax(1)
 
 
 def write_submission(path, ids, classes):
@@ -2303,7 +2418,6 @@ def validate_submission(path, ids):
 
     ids: the wanted ids in their order, or how many rows ("0000", "0001", ...).
     """
-    ids = [f"{i:04d}" for i in range(ids)] if isinstance(ids, int) else list(ids)
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no file {path}")
@@ -2314,8 +2428,10 @@ def validate_submission(path, ids):
         raise UserError(f"{path} is no text in UTF-8 with commas ({error})") from None
     if not rows or rows[0] != ["Id", "Category"]:
         raise UserError(f"{path}, row 1: the header is {','.join(rows[0]) if rows else 'missing'}, not Id,Category")
-    seen = set()
-    for number, (row, wanted) in enumerate(zip(rows[1:], ids, strict=False), 2):
+    if len(rows) - 1 != (ids if isinstance(ids, int) else len(ids)):
+        raise UserError(f"{path}: {len(rows) - 1} rows, wanted are {ids if isinstance(ids, int) else len(ids)}")
+    ids, seen = [f"{i:04d}" for i in range(ids)] if isinstance(ids, int) else ids, set()
+    for number, (row, wanted) in enumerate(zip(rows[1:], ids, strict=True), 2):
         name, category = row if len(row) == 2 else (None, None)
         wrong = (
             f"{len(row)} columns, wanted are 2" if name is None else
@@ -2327,8 +2443,6 @@ def validate_submission(path, ids):
         if wrong:
             raise UserError(f"{path}, row {number}: {wrong}")
         seen.add(name)
-    if len(rows) - 1 != len(ids):
-        raise UserError(f"{path}: {len(rows) - 1} rows, wanted are {len(ids)}")
     return len(ids)
 
 
@@ -2510,14 +2624,18 @@ def export_notebook(folder=None):
     source = folder / NOTEBOOK
     if not source.is_file():
         raise UserError(f"there is no file {source} to export")
-    notebook = json.loads(source.read_text(encoding="utf-8"))
+    try:
+        notebook = json.loads(source.read_text(encoding="utf-8"))
+        cells = notebook["cells"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{source} is no notebook ({type(error).__name__})") from None
     text = "%%writefile helpers.py\n" + Path(__file__).read_text(encoding="utf-8")
     cell = {"cell_type": "code", "execution_count": None, "id": "helpers", "metadata": {"jupyter": {
         "source_hidden": True}}, "outputs": [], "source": text.splitlines(keepends=True)}
-    for other in notebook["cells"]:
+    for other in cells:
         if other["cell_type"] == "code":
             other |= {"outputs": [], "execution_count": None}
-    notebook["cells"].insert(1, cell)
+    cells.insert(1, cell)
     path = folder / KAGGLE_NOTEBOOK
     write_text(path, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
     return path
@@ -2598,6 +2716,9 @@ def _evaluate_command(args):
 
 
 def _predict_command(args):
+    if not Path(args.out).name or Path(args.out).is_dir():
+        raise UserError(f"--out {args.out} is a folder: name a CSV file")
+    check_writable(Path(args.out).parent)
     data, device = read_folder(args.data), pick_device()
     student, cfg = load_student(args.checkpoint, device)
     check_budget(student)
@@ -2608,7 +2729,7 @@ def _predict_command(args):
 @contextlib.contextmanager
 def data_parallel():
     """Join torchrun's process group for the block (NCCL on GPUs, gloo on CPUs); without torchrun do nothing."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield
         return
     device = pick_device()
@@ -2625,9 +2746,10 @@ def main(argv=None):
         args = build_parser().parse_args(argv)
         args.function(args)
         return 0
-    except (UserError, OSError, torch.OutOfMemoryError) as error:
-        hint = "; choose a smaller batch_size" if isinstance(error, torch.OutOfMemoryError) else ""
-        print(f"helpers.py: {' '.join(str(error).split())}{hint}", file=sys.stderr, flush=True)
+    except (UserError, OSError, UnicodeError, MemoryError, torch.OutOfMemoryError) as error:
+        out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        text = "out of memory: choose a smaller batch_size or image_size" if out_of_memory else str(error)
+        print(f"helpers.py: {' '.join(text.split())}", file=sys.stderr, flush=True)
         if rank_and_world()[1] > 1:
             os._exit(2)  # at once, without waiting for the other processes: torchrun ends them
         return 2

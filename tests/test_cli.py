@@ -84,6 +84,9 @@ def test_kaggle_results_go_to_its_working_folder(food, here, monkeypatch):
     (["evaluate", "--data", "FOOD", "--checkpoint", "no.ckpt"], "there is no file no.ckpt"),
     (["evaluate", "--data", "FOOD", "--checkpoint", "bare.ckpt"], "does not go with a config.json beside it"),
     (["predict", "--data", "FOOD", "--checkpoint", "no.ckpt", "--out", "a.csv"], "there is no file no.ckpt"),
+    (["predict", "--data", "FOOD", "--checkpoint", "no.ckpt", "--out", "."], "--out . is a folder"),
+    (["validate", "bare.ckpt", "--rows", "9" * 15], "is no text in UTF-8"),
+    (["run", "--data", "FOOD", "--set", "lr=" + "-" * 5000], "KEY=VALUE"),
     (["validate", "no.csv", "--rows", "3"], "there is no file no.csv"),
     (["validate", "no.csv", "--rows", "x"], "invalid int value"),
 ])

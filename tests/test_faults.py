@@ -116,12 +116,106 @@ def test_a_fallback_never_replaces_the_good_save_by_the_damaged_one(food, tmp_pa
     assert train(food, tmp_path / "cut") == wanted
 
 
-def test_a_lost_student_is_written_again(food, tmp_path):
-    train(food, tmp_path / "run")
-    before = (tmp_path / "run/student_best.ckpt").read_bytes()
-    (tmp_path / "run/student_best.ckpt").unlink()
-    train(food, tmp_path / "run")
-    assert (tmp_path / "run/student_best.ckpt").read_bytes() == before
+@pytest.mark.parametrize("name", ["student_best.ckpt", "config.json", "log.csv"])
+@pytest.mark.parametrize("harm", [cut_short, lambda p: p.unlink()])
+def test_what_was_lost_beside_last_is_written_again(food, tmp_path, name, harm):
+    train(food, tmp_path / "run", n_epochs=1)
+    before = (tmp_path / "run" / name).read_bytes()
+    harm(tmp_path / "run" / name)
+    train(food, tmp_path / "run", n_epochs=1)
+    assert (tmp_path / "run" / name).read_bytes() == before
+
+
+@pytest.mark.parametrize("harm", [lambda s: s | {"facts": 3}, lambda s: s | {"facts": "{}"}, lambda s: [1],
+                                  lambda s: s | {"history": [1]}, lambda s: {"facts": s["facts"]}])
+def test_a_checkpoint_with_other_contents_is_one_sentence(food, tmp_path, harm):
+    train(food, tmp_path / "run", n_epochs=1)
+    saved = torch.load(tmp_path / "run/last.ckpt", weights_only=True)
+    for name in ("last.ckpt", "previous.ckpt"):
+        torch.save(harm(saved), tmp_path / "run" / name)
+    with pytest.raises(h.UserError, match="is no run of this program; --fresh"):
+        train(food, tmp_path / "run", n_epochs=1)
+
+
+def test_a_checkpoint_with_a_part_missing_is_one_sentence(food, tmp_path):
+    train(food, tmp_path / "run", n_epochs=1)
+    saved = torch.load(tmp_path / "run/last.ckpt", weights_only=True)
+    torch.save({key: value for key, value in saved.items() if key != "optimizer"}, tmp_path / "run/last.ckpt")
+    with pytest.raises(h.UserError, match="another student or program.*optimizer"):
+        train(food, tmp_path / "run", n_epochs=1)
+
+
+def test_another_student_of_the_same_settings_is_refused(food, tmp_path, monkeypatch):
+    """A learner edits the builder between two runs: weights may fit, but it is another net."""
+    train(food, tmp_path / "run", n_epochs=1)
+    original = h.STUDENTS["sample"]
+
+    def edited(cfg):
+        net = original(cfg)
+        net.relu1 = torch.nn.SiLU()
+        return net
+
+    monkeypatch.setitem(h.STUDENTS, "sample", edited)
+    with pytest.raises(h.UserError, match="other settings: layers"):
+        train(food, tmp_path / "run", n_epochs=1)
+
+
+def test_a_picture_that_cannot_be_read_now_stops_and_is_not_remembered_as_broken(food, monkeypatch):
+    original = h.Image.open
+
+    def flaky(path):
+        if str(path).endswith("3_1.jpg"):
+            raise OSError(5, "Input/output error")
+        return original(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(h.Image, "open", flaky)
+        with pytest.raises(h.UserError, match="3_1.jpg cannot be decoded.*Input/output error"):
+            h.load_data(h.find_data(food), "training", "whole", 72)
+    assert len(h.load_data(h.find_data(food), "training", "whole", 72)) == 22
+
+
+def test_damaged_pictures_are_said_at_every_use_and_a_cache_of_zeros_is_made_again(food, capsys):
+    (food / "training/3_1.jpg").write_bytes(b"no picture")
+    (food / "evaluation/0001.jpg").write_bytes(b"no picture")
+    data = h.find_data(food)
+    for split, n in (("training", 21), ("evaluation", 5)):
+        made = h.load_data(data, split, "whole", 76)
+        images = made.images.clone()
+        assert ("3_1.jpg" if split == "training" else "0001.jpg") in capsys.readouterr().out
+        assert len(h.load_data(data, split, "whole", 76)) == n
+        out = capsys.readouterr().out
+        assert f"WARNING: 1 of {22 if split == 'training' else 5} {split} images are damaged" in out
+        size = made.cache.stat().st_size
+        del made
+        path = next(h.cache_root().glob(f"{split}-whole-76-*"))
+        path.unlink()
+        path.write_bytes(bytes(size))
+        assert torch.equal(h.load_data(data, split, "whole", 76).images, images)
+
+
+def test_what_killed_writers_left_is_cleared_after_a_day(tmp_path):
+    old, new, other = (tmp_path / name for name in (".a.txt.1.tmp", ".a.txt.2.tmp", ".b.txt.1.tmp"))
+    for path in (old, new, other):
+        path.write_text("half")
+    for path in (old, other):
+        os.utime(path, (time.time() - 90_000,) * 2)
+    h.write_text(tmp_path / "a.txt", "whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".a.txt.2.tmp", ".b.txt.1.tmp", "a.txt"]
+
+
+def test_a_save_that_fails_leaves_last_and_its_predecessor_alone(tmp_path, monkeypatch):
+    for value in (1, 2):
+        h.save_checkpoint(value, tmp_path / "last.ckpt", "previous.ckpt")
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(h.os, "fsync", full)
+        with pytest.raises(h.UserError, match="No space left"):
+            h.save_checkpoint(3, tmp_path / "last.ckpt", "previous.ckpt")
+    assert [torch.load(tmp_path / f"{n}.ckpt", weights_only=True) for n in ("last", "previous")] == [2, 1]
 
 
 def test_a_run_survives_that_its_folder_vanishes(food, tmp_path, monkeypatch):
@@ -268,6 +362,19 @@ def test_an_earlier_sessions_output_is_gone_on_from(kaggle, tmp_path, capsys):
         path.chmod(0o755)
 
 
+def test_a_run_begun_without_the_input_does_not_hide_it(kaggle, capsys):
+    data = h.find_data()
+    h.run_stage(h.get_config("simple", **SMALL | {"n_epochs": 3}), data)
+    (kaggle / "working").rename(kaggle / "input/first")
+    (kaggle / "working").mkdir()
+    (kaggle / "input/first").rename(kaggle / "elsewhere")
+    h.run_stage(h.get_config("simple", **SMALL | {"n_epochs": 1}), data)
+    (kaggle / "elsewhere").rename(kaggle / "input/first")
+    capsys.readouterr()
+    h.run_stage(h.get_config("simple", **SMALL), data)
+    assert "goes on after epoch 3 from" in capsys.readouterr().out
+
+
 def test_an_earlier_session_with_other_settings_is_ignored_and_said(kaggle, capsys):
     data = h.find_data()
     h.run_stage(h.get_config("simple", **SMALL | {"lr": 0.5}), data)
@@ -316,6 +423,34 @@ def test_the_final_fit_repeats_a_stage_on_all_labelled_images(food, tmp_path, ca
     assert h.main(["evaluate", "--data", str(food), "--checkpoint", str(tmp_path / "simple_final/student_best.ckpt")]
                   ) == 2
     assert "it has no validation accuracy" in capsys.readouterr().err
+
+
+def test_the_final_fit_follows_a_stage_that_went_on_and_submits_nothing_unfinished(food, tmp_path, monkeypatch, capsys):
+    data = h.find_data(food)
+    (run,) = h.run(data, ["simple"], out=tmp_path, final="csv", **SMALL)
+    moved = dataclasses.replace(run, history=run.history.assign(valid_acc=[0.0, 0.1, 0.2, 0.3]))
+    assert h.final_fit(moved, data, out=tmp_path) == tmp_path / "simple_final.csv"
+    assert "for 4 epochs" in capsys.readouterr().out
+    (tmp_path / "simple_final.csv").unlink()
+    before = (tmp_path / "submission.csv").read_bytes()
+    monkeypatch.setattr(h, "time_is_up", lambda *a: True)
+    assert h.final_fit(moved, data, out=tmp_path, fresh=True, submit_it=True) is None
+    assert h.final_fit(dataclasses.replace(run, history=run.history[:0]), data, out=tmp_path) is None
+    out = capsys.readouterr().out
+    assert "not finished, so no CSV is written" in out and "no final fit" in out
+    assert (tmp_path / "submission.csv").read_bytes() == before and not (tmp_path / "simple_final.csv").exists()
+
+
+def test_stages_after_an_unfinished_one_wait_and_a_half_trained_teacher_does_not_teach(food, tmp_path, monkeypatch,
+                                                                                      capsys):
+    data = h.find_data(food)
+    monkeypatch.setattr(h, "time_is_up", lambda cfg, history, device: len(history) == 2)
+    configs = {"simple": h.STAGES["simple"], "second": dataclasses.replace(h.STAGES["simple"], exp_name="second")}
+    monkeypatch.setattr(h, "STAGES", configs)
+    runs = h.run(data, ["simple", "second"], out=tmp_path, **SMALL)
+    assert [run.name for run in runs] == ["simple"] and "left for the next time" in capsys.readouterr().out
+    with pytest.raises(h.UserError, match="half-trained one must not teach"):
+        h.train_teacher(data, tmp_path, dataclasses.replace(h.TEACHER_CONFIG, **SMALL))
 
 
 # --- values ----------------------------------------------------------------------------------------------------------

@@ -157,7 +157,7 @@ def test_a_missing_teacher_and_other_feature_sizes_are_said(teacher_file):
     cfg = h.get_config("boss", image_size=64)
     with pytest.raises(h.UserError, match="boss needs a teacher.*--teacher"):
         h.DistillLoss(cfg, h.build_student(cfg))
-    with pytest.raises(h.UserError, match="layer2 of the student is 16 px, the teacher's is 8 px"):
+    with pytest.raises(h.UserError, match="layer1 of the student is 8 px, the teacher's is 16 px"):
         boss_loss(teacher_file, strides=(2, 2, 2))
 
 

@@ -47,6 +47,25 @@ def test_widths_depths_strides_and_kernel_come_from_the_config():
     assert h.feature_shapes(net, ("layer1", "layer2"), 64) == {"layer1": (8, 8, 8), "layer2": (12, 8, 8)}
 
 
+def test_an_inverted_residual_adds_its_input_where_shapes_agree():
+    block, x = h.InvertedResidual(6, 6, 5, 1, 3).eval(), torch.randn(2, 6, 9, 9)
+    nn.init.zeros_(block.project[1].weight)
+    assert torch.equal(block(x), x)
+    other = h.InvertedResidual(6, 8, 5, 2, 3).eval()
+    nn.init.zeros_(other.project[1].weight)
+    assert torch.equal(other(x), torch.zeros(2, 8, 5, 5))
+    assert other.depthwise[0].groups == 18 and sum(p.numel() for p in other.parameters()) == (
+        6 * 18 + 36 + 25 * 18 + 36 + 18 * 8 + 16)
+
+
+def test_the_inverted_residual_student_keeps_large_maps_where_strides_are_one():
+    cfg = h.Config(student="ir", stem_width=16, widths=(24, 32, 40), depths=(2, 3, 2), strides=(2, 2, 1), kernel_size=5)
+    net = h.build_student(cfg)
+    assert h.check_budget(net) == 56_971
+    assert h.feature_shapes(net, ("stem", "layer1", "layer2", "layer3"), 224) == {
+        "stem": (16, 112, 112), "layer1": (24, 56, 56), "layer2": (32, 28, 28), "layer3": (40, 28, 28)}
+
+
 def test_get_student_model_takes_no_argument_and_is_the_last_stages():
     assert h.check_budget(h.get_student_model()) <= h.PARAM_LIMIT
     last = h.build_student(list(h.STAGES.values())[-1])

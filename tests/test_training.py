@@ -184,7 +184,8 @@ def interrupted(monkeypatch, name, calls, action):
 
 @pytest.mark.parametrize(("name", "calls"), [("evaluate", 0), ("evaluate", 2), ("save_checkpoint", 1),
                                              ("write_text", 2)])
-@pytest.mark.parametrize("settings", [{"ema_decay": 0.9}, {"align_weights": (), "teacher_views": 2}])
+@pytest.mark.parametrize("settings", [{"ema_decay": 0.9}, {"align_weights": (), "teacher_views": 2},
+                                      {"align_weights": (), "teacher_views": 4}])
 def test_interrupted_is_the_same_as_not(food, teacher_file, tmp_path, monkeypatch, name, calls, settings):
     def train(folder):
         cfg, _, loader, valid, student = prepared(food, **settings)
@@ -286,20 +287,20 @@ def test_stored_views_give_what_the_teacher_gives(food, teacher_file, monkeypatc
 
 def test_stored_views_of_something_else_are_refused(food, teacher_file):
     cfg, _, train, _, _ = prepared(food, align_weights=(), teacher_views=2)
-    views = h.TeacherViews(cfg, train.split, "teacher a")
-    assert h.TeacherViews(cfg, train.split, "teacher b").path != views.path
-    assert h.TeacherViews(dataclasses.replace(cfg, rotation=10.0), train.split, "teacher a").path != views.path
+    views = h.TeacherViews(cfg, train, "teacher a")
+    assert h.TeacherViews(cfg, train, "teacher b").path != views.path
+    assert h.TeacherViews(dataclasses.replace(cfg, rotation=10.0), train, "teacher a").path != views.path
     raw = views.path.read_bytes()
     for harm in (b"x" + raw[1:], raw[:-4]):
         views.path.write_bytes(harm)
         with pytest.raises(h.UserError, match="other pictures or settings"):
-            h.TeacherViews(cfg, train.split, "teacher a")
+            h.TeacherViews(cfg, train, "teacher a")
 
 
 def test_stored_views_go_on_after_a_kill(food):
     cfg, _, train, _, _ = prepared(food, align_weights=(), teacher_views=2)
-    h.TeacherViews(cfg, train.split, "teacher c").write(1, torch.tensor([3, 5]), torch.ones(2, 11))
-    again = h.TeacherViews(cfg, train.split, "teacher c")
+    h.TeacherViews(cfg, train, "teacher c").write(1, torch.tensor([3, 5]), torch.ones(2, 11))
+    again = h.TeacherViews(cfg, train, "teacher c")
     assert torch.equal(again.read(1, torch.tensor([5]), "cpu"), torch.ones(1, 11))
     assert again.read(1, torch.tensor([4, 5]), "cpu") is None and again.read(0, torch.tensor([5]), "cpu") is None
 

@@ -32,6 +32,7 @@ SETTINGS = {
     "strong, average, mixing": {"ema_decay": 0.98, "mixup": 0.5, "cutmix": 0.3},
     "strong, sgd, early stop": {"optimizer": "sgd", "patience": 3, "n_epochs": 12},
     "boss": {},
+    "boss, replayed views": {"align_weights": "()", "teacher_views": 8},
     "boss, average": {"ema_decay": 0.95},
 }
 BASE = {"image_size": 64, "batch_size": 32, "n_epochs": 8, "lr": 2e-3}

@@ -124,7 +124,7 @@ class Spec:
     stem_kernel: int = 3
     block: str = "ir"
     expansion: int = 3
-    kernel: int = 3
+    kernel: int | tuple = 3  # depthwise kernel, or one a layer
     act: str = "relu"
     se: bool = False
     blur: bool = False
@@ -136,9 +136,10 @@ class Spec:
         net = nn.Sequential()
         net.add_module("stem", conv_bn(3, width, self.stem_kernel, self.stem_stride, act=self.act))
         for number, (out, depth, stride) in enumerate(self.layers, 1):
-            blocks = []
+            kernel = self.kernel[number - 1] if isinstance(self.kernel, tuple) else self.kernel
+            own, blocks = dataclasses.replace(self, kernel=kernel), []
             for first in [True] + [False] * (depth - 1):
-                blocks.append(BLOCKS[self.block](width, out, stride if first else 1, self))
+                blocks.append(BLOCKS[self.block](width, out, stride if first else 1, own))
                 width = out
             net.add_module(f"layer{number}", nn.Sequential(*blocks))
         if self.head:
@@ -254,7 +255,7 @@ def taught(spec=None, kd=PLAIN_KD, **settings):
     return Recipe(dataclasses.replace(TEACH, **settings), (spec or BASE).build, kd)
 
 
-BASE = Spec(((24, 2, 2), (32, 3, 2), (48, 2, 1)))
+BASE = Spec(((24, 2, 2), (32, 3, 2), (40, 2, 1)), kernel=5, act="hswish")
 
 RECIPES = {
     # the marks
@@ -283,6 +284,29 @@ RECIPES = {
     "a_ir_head": arch(((24, 2, 2), (32, 2, 2), (48, 2, 1)), head=192),
     "a_next_k7": arch(((16, 2, 2), (32, 3, 2), (48, 3, 1)), block="next", kernel=7, expansion=2),
     "a_next_k5": arch(((24, 2, 2), (40, 3, 2), (48, 3, 1)), block="next", kernel=5, expansion=2),
+    "b_k5_e4": arch(((16, 2, 2), (28, 3, 2), (36, 2, 1)), kernel=5, expansion=4),
+    "b_k7": arch(((20, 2, 2), (28, 3, 2), (36, 2, 1)), kernel=7),
+    "b_k5_deep": arch(((16, 2, 2), (24, 4, 2), (32, 4, 1)), kernel=5, stem=12),
+    "b_k355": arch(((24, 2, 2), (32, 3, 2), (44, 2, 1)), kernel=(3, 5, 5)),
+    "b_k5_hswish": taught(),
+    "b_late2": arch(((24, 2, 2), (32, 3, 1), (40, 2, 1)), kernel=5, act="hswish"),
+    "b_strided": arch(((24, 2, 2), (32, 3, 2), (40, 2, 2)), kernel=5, act="hswish"),
+    "b_se": arch(((24, 2, 2), (32, 2, 2), (40, 2, 1)), kernel=5, act="hswish", se=True),
+    "b_dwpw_hswish": arch(((64, 1, 2), (128, 1, 2), (256, 1, 2)), stem=48, block="dwpw", act="hswish"),
+    # recipes on one net
+    "r_t1": taught(temperature=1.0),
+    "r_t2": taught(temperature=2.0),
+    "r_t8": taught(temperature=8.0),
+    "r_lr2": taught(lr=2e-3),
+    "r_lr8": taught(lr=8e-3),
+    "r_sgd": taught(optimizer="sgd", lr=0.2, weight_decay=1e-4),
+    "r_ema": taught(ema_decay=0.999),
+    "r_ce": taught(alpha=0.9),
+    "r_std": taught(kd=standardised_kd, temperature=2.0),
+    "r_dist": taught(kd=dist_kd, temperature=1.0),
+    "r_mixup": taught(mixup=0.8),
+    "r_cutmix": taught(cutmix=1.0),
+    "r_mix": taught(mixup=0.8, cutmix=0.5),
 }
 
 
@@ -292,7 +316,7 @@ RECIPES = {
 def train(name, args, seed, data, teacher, device):
     """Train a recipe and return its row; its student's logits on the validation images go to the work folder."""
     recipe = RECIPES[name]
-    views = args.epochs if recipe.replay and recipe.cfg.needs_teacher else 0
+    views = (args.views or args.epochs) if recipe.replay and recipe.cfg.needs_teacher else 0
     cfg = dataclasses.replace(recipe.cfg, exp_name=name, image_size=args.size, n_epochs=args.epochs, seed=seed,
                               patience=args.epochs, teacher_views=views, amp=args.amp)
     net = recipe.net(cfg, teacher).to(device)
@@ -304,8 +328,8 @@ def train(name, args, seed, data, teacher, device):
     logits, labels = h.predict_logits(net, valid_loader)
     torch.save({"logits": logits, "labels": labels}, folder / "valid.pt")
     accuracy = (logits.argmax(1) == labels).double().mean().item()
-    return {"recipe": name, "epochs": args.epochs, "size": args.size, "seed": seed, "accuracy": accuracy,
-            "s.e.": h.standard_error(accuracy, len(labels)),
+    return {"recipe": name, "epochs": args.epochs, "size": args.size, "seed": seed, "views": args.views,
+            "accuracy": accuracy, "s.e.": h.standard_error(accuracy, len(labels)),
             "parameters": sum(p.numel() for p in net.parameters()), "macs_224": h.count_macs(net, 224),
             "seconds": sum(row["seconds"] for row in history), "cpu_seconds": time.process_time() - start,
             "logits": logits}
@@ -313,13 +337,14 @@ def train(name, args, seed, data, teacher, device):
 
 def work_folder(name, args, seed):
     """Where a training keeps its files."""
-    return args.work / f"{name}-{args.size}px-{args.epochs}ep-{seed}"
+    return args.work / f"{name}-{args.size}px-{args.epochs}ep{f'-K{args.views}' if args.views else ''}-{seed}"
 
 
 def stored_rows():
     """The rows of results/recipes.csv so far, or an empty frame."""
     path = RESULTS / "recipes.csv"
-    return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=["recipe", "epochs", "size", "seed"])
+    empty = pd.DataFrame(columns=["recipe", "epochs", "size", "seed", "views"])
+    return pd.concat([empty, pd.read_csv(path)]).fillna({"views": 0}) if path.is_file() else empty
 
 
 def store(row):
@@ -340,7 +365,7 @@ def correct(name, args, seed):
 def table(args):
     """The stored rows of one budget, the mean over seeds, and the paired difference to --against."""
     rows = stored_rows()
-    rows = rows[(rows.epochs == args.epochs) & (rows["size"] == args.size)]
+    rows = rows[(rows.epochs == args.epochs) & (rows["size"] == args.size) & (rows.views == args.views)]
     frame = rows.groupby("recipe").agg(
         seeds=("seed", "count"), accuracy=("accuracy", "mean"), agreement=("agreement", "mean"),
         parameters=("parameters", "first"), macs_224=("macs_224", "first"), cpu_seconds=("cpu_seconds", "mean"))
@@ -388,6 +413,7 @@ def main():
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--size", type=int, default=112)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--views", type=int, default=0, help="replay so many teacher views (0: one for each epoch)")
     parser.add_argument("--amp", default="auto")
     parser.add_argument("--work", type=Path, default=h.cache_root() / "recipes")
     parser.add_argument("--list", action="store_true")
@@ -414,7 +440,7 @@ def main():
         for name in names:
             there = stored_rows()
             if ((there.recipe == name) & (there.epochs == args.epochs) & (there["size"] == args.size)
-                    & (there.seed == seed)).any():
+                    & (there.seed == seed) & (there.views == args.views)).any():
                 continue
             row = train(name, args, seed, data, teacher, device)
             row["agreement"] = (row.pop("logits").argmax(1) == teacher_classes).double().mean().item()
