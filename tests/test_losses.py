@@ -61,8 +61,12 @@ def test_alignment_is_a_weighted_smooth_l1():
     assert h.alignment(ours, theirs, {"layer1": 3.0}, {"layer1": nn.Identity()}).item() == pytest.approx(by_hand)
 
 
+# The plain student whose layers are as wide as the teacher's.
+DWPW = {key: getattr(h.Config(student="dwpw"), key) for key in ("student", "stem_width", "widths", "depths", "strides")}
+
+
 def boss_loss(teacher_file, **settings):
-    cfg = h.get_config("boss", image_size=64, **settings)
+    cfg = h.get_config("boss", image_size=64, **DWPW | settings)
     return h.DistillLoss(cfg, h.build_student(cfg), h.load_teacher(teacher_file))
 
 
@@ -91,7 +95,7 @@ def test_constant_schedule_equals_loss_fn_kd(teacher_file):
 
 def test_a_larger_feature_map_is_pooled_and_a_smaller_one_refused(teacher_file):
     teacher = h.load_teacher(teacher_file)
-    cfg = h.get_config("boss", image_size=64, strides=(1, 1, 2))
+    cfg = h.get_config("boss", image_size=64, **DWPW | {"strides": (1, 1, 2)})
     loss_fn = h.DistillLoss(cfg, h.build_student(cfg), teacher)
     maps = {name: torch.randn(2, width, side, side) for name, width, side in (
         ("layer1", 64, 16), ("layer2", 128, 16), ("layer3", 256, 8))}
@@ -101,7 +105,7 @@ def test_a_larger_feature_map_is_pooled_and_a_smaller_one_refused(teacher_file):
     wanted = sum(w * torch.nn.functional.smooth_l1_loss(pooled[name], theirs[name])
                  for name, w in zip(maps, cfg.align_weights, strict=True))
     assert torch.allclose(h.alignment(maps, theirs, loss_fn.layers, loss_fn.adapters), wanted)
-    smaller = h.get_config("boss", image_size=64, strides=(2, 2, 2))
+    smaller = h.get_config("boss", image_size=64, **DWPW | {"strides": (2, 2, 2)})
     with pytest.raises(h.UserError, match="layer1 of the student is 8 px, the teacher's is 16 px"):
         h.DistillLoss(smaller, h.build_student(smaller), teacher)
 
@@ -117,7 +121,7 @@ def test_only_student_and_adapters_are_parameters(teacher_file):
 
 @pytest.mark.parametrize("widths", [(64, 128, 256), (32, 64, 128)])
 def test_the_loss_is_fp32_under_bf16_networks(teacher_file, widths):
-    cfg = h.get_config("boss", image_size=64, widths=widths)
+    cfg = h.get_config("boss", image_size=64, **DWPW | {"widths": widths})
     loss_fn = h.DistillLoss(cfg, h.build_student(cfg), h.load_teacher(teacher_file), torch.bfloat16)
     loss_fn.set_progress(0.5)
     loss, student_logits, _ = loss_fn(torch.randn(2, 3, 64, 64), torch.arange(2))

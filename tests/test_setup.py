@@ -18,7 +18,7 @@ def test_published_values_of_the_stages():
     assert (boss.batch_size, boss.lr, boss.n_epochs, boss.patience) == (128, 1e-3, 600, 60)
     assert boss.crop_scale == (0.7, 1.0) and (boss.hflip, boss.vflip, boss.rotation, boss.affine) == (0.5, 0.5, 180, 30)
     assert boss.align_weights == (3, 2, 1) and boss.loss_schedule == "handover"
-    assert [cfg.needs_teacher for cfg in h.STAGES.values()] == [False, True, True, True]
+    assert [cfg.needs_teacher for cfg in h.STAGES.values()] == [False, True, True, True, True]
 
 
 def test_get_config_overrides_and_refuses_unknown_names(monkeypatch):

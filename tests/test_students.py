@@ -17,7 +17,7 @@ def test_the_sample_net_is_the_courses():
 
 
 def test_the_plain_dwpw_net_sits_at_the_teachers_feature_sizes():
-    cfg = h.STAGES["boss"]
+    cfg = h.Config(student="dwpw")
     net, teacher = h.build_student(cfg), h.build_student(h.Config(student="resnet18"))
     assert h.check_budget(net) == 58_235
     layers = ("layer1", "layer2", "layer3")
@@ -115,7 +115,7 @@ def test_counting_does_not_move_batch_norm_or_the_mode():
 
 
 def test_layer_table_adds_up():
-    table = h.layer_table(h.build_student(h.STAGES["boss"]), 224)
+    table = h.layer_table(h.build_student(h.Config(student="dwpw")), 224)
     assert table.loc["all", "parameters"] == 58_235 == table["parameters"][:-1].sum()
     assert table.loc["stem.0", "multiply-adds"] == 112 * 112 * 48 * 147
 

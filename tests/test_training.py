@@ -310,11 +310,11 @@ def test_stored_views_go_on_after_a_kill(food):
 
 def test_run_stage_refuses_a_student_above_the_limit_before_any_work(food, tmp_path, monkeypatch):
     monkeypatch.setattr(h, "load_data", lambda *a: pytest.fail("decoded"))
-    cfg = h.get_config("strong", widths=(64, 128, 300))
+    cfg = h.get_config("strong", widths=(24, 32, 60))
     with pytest.raises(ValueError, match="homework allows 60,000"):
         h.run_stage(cfg, h.find_data(food), out=tmp_path / "out")
     with pytest.raises(ValueError, match="homework allows 60,000"):
-        h.run(h.find_data(food), ["strong"], out=tmp_path / "out", widths=(64, 128, 300))
+        h.run(h.find_data(food), ["strong"], out=tmp_path / "out", widths=(24, 32, 60))
     assert not (tmp_path / "out").exists()
 
 
@@ -340,14 +340,14 @@ def test_run_says_what_is_wrong_with_a_later_stage_before_the_first_trains(food,
     with pytest.raises(h.UserError, match="other settings"):
         h.run(h.find_data(food), ["simple", "strong"], out=tmp_path, **tiny | {"lr": 0.5})
     with pytest.raises(h.UserError, match="choose strides that agree"):
-        h.run(h.find_data(food), ["simple", "boss"], out=tmp_path, **tiny, strides=(2, 2, 2))
+        h.run(h.find_data(food), ["simple", "boss"], out=tmp_path, **tiny, strides=(4, 2, 2))
 
 
 def test_run_without_a_teacher_leaves_stages_out_and_says_so(food, tmp_path, capsys, tiny):
     runs = h.run(h.find_data(food), out=tmp_path, **tiny)
     assert [run.name for run in runs] == ["simple"]
     out = capsys.readouterr().out
-    assert out.count("left out, for it needs a teacher") == 3 and h.TEACHER_FILE in out
+    assert out.count("left out, for it needs a teacher") == 4 and h.TEACHER_FILE in out
     with pytest.raises(h.UserError, match="no stage could run without a teacher"):
         h.run(h.find_data(food), ["boss"], out=tmp_path, **tiny)
 
@@ -364,7 +364,7 @@ def test_all_stages_end_in_a_table_and_a_submission(food, teacher_file, tmp_path
         assert h.validate_submission(run.csv, 5) == 5 and run.folder == tmp_path / run.name
     capsys.readouterr()
     h.run(h.find_data(food), out=tmp_path, **settings)
-    assert capsys.readouterr().out.count("finished before, loaded") == 4
+    assert capsys.readouterr().out.count("finished before, loaded") == 5
     saved = json.loads((tmp_path / "boss/config.json").read_text())
     assert saved["config"]["n_epochs"] == 1 and len(saved["teacher"]) == 64
 

@@ -13,6 +13,7 @@ which a pause does not lengthen. Candidates live here; what wins moves to helper
 """
 
 import argparse
+import copy
 import dataclasses
 import os
 import re
@@ -70,6 +71,49 @@ class BlurPool(nn.Module):
         return F.conv2d(x, self.filter.to(x.dtype), None, 2, 1, groups=x.shape[1])
 
 
+class RepDepthwise(nn.Module):
+    """Depthwise k x k, 3 x 3 and identity branches, each with batch norm, summed (Ding et al. 2021, RepVGG).
+
+    `folded` gives the one convolution with bias that does the same in eval mode: that is what is deployed and counted.
+    """
+
+    def __init__(self, width, kernel, stride):
+        super().__init__()
+        self.kernel, self.stride = kernel, stride
+        self.convs = nn.ModuleList(conv_bn(width, width, k, stride, width) for k in sorted({kernel, 3}))
+        self.identity = nn.BatchNorm2d(width) if stride == 1 else None
+
+    def forward(self, x):
+        out = sum(conv(x) for conv in self.convs)
+        return out + self.identity(x) if self.identity else out
+
+    def folded(self):
+        """A Conv2d equal to this module in eval mode."""
+        width = self.convs[0][0].weight.shape[0]
+        weight, bias = torch.zeros(width, 1, self.kernel, self.kernel), torch.zeros(width)
+        middle = torch.zeros(width, 1, 1, 1) + 1
+        parts = [(conv[0].weight, conv[1]) for conv in self.convs]
+        for kernel, norm in parts + ([(middle, self.identity)] if self.identity else []):
+            scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+            weight += F.pad(kernel * scale[:, None, None, None], [(self.kernel - kernel.shape[2]) // 2] * 4)
+            bias += norm.bias - norm.running_mean * scale
+        conv = nn.Conv2d(width, width, self.kernel, self.stride, self.kernel // 2, groups=width)
+        conv.load_state_dict({"weight": weight.detach(), "bias": bias.detach()})
+        return conv
+
+
+def deployed(net):
+    """A copy of a net in eval mode with every RepDepthwise folded; the net itself where there is none."""
+    if not any(isinstance(m, RepDepthwise) for m in net.modules()):
+        return net
+    net = h.freeze(copy.deepcopy(net))
+    for module in list(net.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, RepDepthwise):
+                setattr(module, name, child.folded())
+    return net
+
+
 class Residual(nn.Module):
     """x + branch(x), where the sizes agree; else the branch, or a given shortcut + branch."""
 
@@ -86,7 +130,8 @@ def inverted_residual(width, out, stride, s):
     """Expand 1x1, depthwise k x k, project 1x1, with a shortcut where shapes agree (Sandler et al. 2018)."""
     wide, blur = width * s.expansion, s.blur and stride == 2
     layers = [conv_bn(width, wide, act=s.act)] if s.expansion > 1 else []
-    layers += [conv_bn(wide, wide, s.kernel, 1 if blur else stride, wide, s.act)]
+    layers += [RepDepthwise(wide, s.kernel, stride), ACTIVATIONS[s.act]()] if s.rep else [
+        conv_bn(wide, wide, s.kernel, 1 if blur else stride, wide, s.act)]
     layers += [BlurPool(wide)] if blur else []
     layers += [SqueezeExcite(wide)] if s.se else []
     layers += [conv_bn(wide, out)]
@@ -128,6 +173,7 @@ class Spec:
     act: str = "relu"
     se: bool = False
     blur: bool = False
+    rep: bool = False
     head: int = 0  # channels of a last 1x1 convolution, 0: none
 
     def build(self):
@@ -242,6 +288,8 @@ class Recipe:
 TEACH = dataclasses.replace(
     h.STAGES["simple"], loss_fn_type="KD", alpha=1.0, temperature=4.0, crop_scale=(0.35, 1.0), optimizer="adamw",
     weight_decay=0.02, lr=4e-3, lr_schedule="cosine", warmup_epochs=1.0, batch_size=64, grad_norm_max=10.0)
+DWPW_BOSS = dataclasses.replace(h.STAGES["boss"], student="dwpw", **{
+    key: getattr(h.Config(), key) for key in ("stem_width", "widths", "depths", "strides")})
 LAYERS = ((24, 2, 2), (32, 3, 2), (48, 2, 2))
 
 
@@ -262,10 +310,14 @@ RECIPES = {
     "sample_ce": Recipe(dataclasses.replace(h.STAGES["simple"], lr=1e-3)),
     "sample_kd": Recipe(dataclasses.replace(h.STAGES["medium"], lr=1e-3)),
     "published_boss": Recipe(dataclasses.replace(
-        h.STAGES["boss"], stem_width=64, widths=(64, 128, 256, 140), depths=(1,) * 4, strides=(1, 2, 2, 2)),
+        DWPW_BOSS, stem_width=64, widths=(64, 128, 256, 140), depths=(1,) * 4, strides=(1, 2, 2, 2)),
         published_boss_net, replay=False),
-    "legal_dwpw": Recipe(h.STAGES["boss"], replay=False),
+    "legal_dwpw": Recipe(DWPW_BOSS, replay=False),
     "best_legal": Recipe(TEACH, best_legal_net),
+    # the stages
+    "strong": Recipe(h.STAGES["strong"]),
+    "boss": Recipe(h.STAGES["boss"], replay=False),
+    "beyond": Recipe(h.STAGES["beyond"]),
     # nets under one recipe
     "a_dwpw": Recipe(dataclasses.replace(TEACH, student="dwpw")),
     "a_ir_strided": arch(),
@@ -292,6 +344,7 @@ RECIPES = {
     "b_late2": arch(((24, 2, 2), (32, 3, 1), (40, 2, 1)), kernel=5, act="hswish"),
     "b_strided": arch(((24, 2, 2), (32, 3, 2), (40, 2, 2)), kernel=5, act="hswish"),
     "b_se": arch(((24, 2, 2), (32, 2, 2), (40, 2, 1)), kernel=5, act="hswish", se=True),
+    "b_rep": arch(((24, 2, 2), (32, 3, 2), (40, 2, 1)), kernel=5, act="hswish", rep=True),
     "b_dwpw_hswish": arch(((64, 1, 2), (128, 1, 2), (256, 1, 2)), stem=48, block="dwpw", act="hswish"),
     # recipes on one net
     "r_t1": taught(temperature=1.0),
@@ -307,6 +360,9 @@ RECIPES = {
     "r_mixup": taught(mixup=0.8),
     "r_cutmix": taught(cutmix=1.0),
     "r_mix": taught(mixup=0.8, cutmix=0.5),
+    # the last stage with one thing changed
+    "beyond_mix": Recipe(dataclasses.replace(h.STAGES["beyond"], mixup=0.8, cutmix=0.5)),
+    "beyond_ema": Recipe(dataclasses.replace(h.STAGES["beyond"], ema_decay=0.998)),
 }
 
 
@@ -326,11 +382,14 @@ def train(name, args, seed, data, teacher, device):
     with mock.patch.object(h, "loss_fn_kd", recipe.kd):
         history = h.fit(net, train_loader, valid_loader, cfg, teacher, folder, h.identity(data, teacher))
     logits, labels = h.predict_logits(net, valid_loader)
+    small = deployed(net)
+    if small is not net and not torch.allclose(h.predict_logits(small, valid_loader)[0], logits, atol=1e-3, rtol=1e-3):
+        sys.exit(f"{name}: the folded net answers differently")
     torch.save({"logits": logits, "labels": labels}, folder / "valid.pt")
     accuracy = (logits.argmax(1) == labels).double().mean().item()
     return {"recipe": name, "epochs": args.epochs, "size": args.size, "seed": seed, "views": args.views,
             "accuracy": accuracy, "s.e.": h.standard_error(accuracy, len(labels)),
-            "parameters": sum(p.numel() for p in net.parameters()), "macs_224": h.count_macs(net, 224),
+            "parameters": sum(p.numel() for p in small.parameters()), "macs_224": h.count_macs(small, 224),
             "seconds": sum(row["seconds"] for row in history), "cpu_seconds": time.process_time() - start,
             "logits": logits}
 
@@ -427,6 +486,7 @@ def main():
     if args.list or not names:
         for name, recipe in RECIPES.items():
             net = recipe.net(recipe.cfg, h.build_student(h.TEACHER_CONFIG))
+            net = deployed(net)
             print(f"{name:<16} {sum(p.numel() for p in net.parameters()):>7,} parameters, "
                   f"{h.count_macs(net, 224) / 1e6:>6.1f} M multiply-adds at 224 px")
         return None

@@ -35,6 +35,9 @@ sys.path.insert(0, str(ROOT))
 
 import helpers as h  # noqa: E402
 
+# The plain student of the course's blocks, as the published solution's.
+DWPW = {key: getattr(h.Config(student="dwpw"), key) for key in ("student", "stem_width", "widths", "depths", "strides")}
+
 SIDES = ("device", "ours", "old0", "old4")
 
 
@@ -77,7 +80,7 @@ class Steps:
 def prepare(args, device):
     """(data, config, DistillLoss, TrainState, training BatchLoader) of a Boss stage."""
     data = h.find_data(args.data)
-    cfg = h.get_config("boss", image_size=args.size, batch_size=args.batch)
+    cfg = h.get_config("boss", **DWPW, image_size=args.size, batch_size=args.batch)
     teacher, student = h.load_teacher(data.teacher, device), h.build_student(cfg).to(device)
     loss_fn = h.DistillLoss(cfg, student, teacher, h.amp_dtype(device)).to(device, memory_format=torch.channels_last)
     split = h.load_data(data, "training", "whole", cfg.image_size)
@@ -104,7 +107,7 @@ def run_ours(args, device, ready):
 def run_old(args, device, workers):
     """Seconds an image of the homework's loop: PIL in the loader, fp32, a number read back in every step."""
     data = h.find_data(args.data)
-    cfg = h.get_config("boss", image_size=args.size, batch_size=args.batch, amp="off")
+    cfg = h.get_config("boss", **DWPW, image_size=args.size, batch_size=args.batch, amp="off")
     teacher, student = h.load_teacher(data.teacher, device), h.build_student(cfg).to(device)
     loss_fn = h.DistillLoss(cfg, student, teacher).train()
     loss_fn.set_progress(0.5)
@@ -217,7 +220,7 @@ def floor(args, device):
     FLOPs: 2 a multiply-add, teacher once, student three times (forward, and two products backward). Bytes: every
     layer's output written once and read once in the training precision, the student's three times over.
     """
-    cfg = h.get_config("boss", image_size=args.size)
+    cfg = h.get_config("boss", **DWPW, image_size=args.size)
     dtype = h.amp_dtype(device) or torch.float32
     student, teacher = h.build_student(cfg), h.build_student(h.Config(student="resnet18"))
     flops = 2 * (h.count_macs(teacher, args.size) + 3 * h.count_macs(student, args.size))
