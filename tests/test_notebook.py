@@ -90,3 +90,16 @@ def test_the_kaggle_notebook_runs_alone_on_a_mounted_input(food, teacher_file, t
     names = {p.name for p in (kaggle / "working").iterdir()}
     assert {"helpers.py", "submission.csv", *(f"{stage}.csv" for stage in h.STAGES)} <= names
     assert h.validate_submission(kaggle / "working/submission.csv", 5) == 5
+
+
+def test_the_metadata_for_kaggle_names_the_notebook_and_the_competition():
+    """Keys as documented for `kaggle kernels push`; the slug of the id is the title in lower case with dashes."""
+    path = (ROOT / h.KAGGLE_NOTEBOOK).with_name("kernel-metadata.json")
+    meta = json.loads(path.read_text())
+    assert meta.keys() == {"id", "title", "code_file", "language", "kernel_type", "is_private", "enable_gpu",
+                           "enable_internet", "dataset_sources", "competition_sources", "kernel_sources",
+                           "model_sources"}
+    assert path.with_name(meta["code_file"]).samefile(ROOT / h.KAGGLE_NOTEBOOK)
+    assert meta["competition_sources"] == [h.COMPETITION] and meta["id"].split("/")[1] == "-".join(
+        meta["title"].lower().split())
+    assert (meta["enable_gpu"], meta["enable_internet"], meta["kernel_type"]) == ("true", "false", "notebook")
