@@ -32,7 +32,6 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 import tempfile
 import time
@@ -40,7 +39,7 @@ import traceback
 import warnings
 from collections import Counter, OrderedDict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -49,7 +48,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw, ImageFile, ImageOps
+from PIL import Image, ImageColor, ImageDraw, ImageFile, ImageOps
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset  # noqa: F401  (the notebook uses h.DataLoader)
@@ -92,9 +91,9 @@ class Config:
     exp_name: str = _key("simple", "name of the stage and of its folder")
     seed: int = _key(20220013, "all randomness is a function of (seed, epoch)", 0, 2**31 - 1)
     image_size: int = _key(224, "pixels a side that the networks see", 40, 512)
-    # The student. The sample net has no settings; widths, depths and strides are one entry a layer of the others.
-    student: str = _key("sample", "which builder in STUDENTS (or TEACHERS, for train_teacher)",
-                         choices=("sample", "dwpw", "ir", "resnet18", "resnet34", "resnet50"))
+    # The student: its builder in STUDENTS (or TEACHERS, for train_teacher). The sample net has no settings; of the
+    # others, widths, depths and strides have one entry a layer.
+    student: str = _key("sample", "builder", choices=("sample", "dwpw", "ir", "resnet18", "resnet34", "resnet50"))
     stem_width: int = _key(48, "channels after the stem", 1, 1024)
     widths: tuple = _key((64, 128, 256), "channels of layer1, layer2, ...", 1, 4096)
     depths: tuple = _key((1, 1, 1), "blocks in each layer", 1, 64)
@@ -130,33 +129,29 @@ class Config:
     patience: int = _key(300, "stop after so many epochs without a better validation accuracy", 1, 100_000)
     amp: str = _key("auto", "precision of the networks in training", choices=("auto", "off", "bf16", "fp16"))
     # How a run behaves. These may change when it goes on, for they do not change what it computes.
-    time_limit_h: float = _key(0.0, "hours of the session after which a run ends early (0: none; on Kaggle 11.5)",
-                               0.0, 1000.0)
+    time_limit_h: float = _key(0.0, "hours of a session after which a run ends (0: none; Kaggle: 11.5)", 0.0, 1000.0)
     finite_check: int = _key(20, "batches between two looks at whether the loss is finite", 1, 100_000)
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
             object.__setattr__(self, f.name, _checked(f, getattr(self, f.name)))
-        n_layers = len(self.widths)
+        n_layers, aligns = len(self.widths), self.loss_fn_type == "KD" and self.student in ("dwpw", "ir")
+        rises = {key: list(getattr(self, key)) == sorted(getattr(self, key)) for key in ("crop_scale", "crop_ratio")}
         for key, right, allowed in (
             ("exp_name", re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", self.exp_name), "letters, digits, '_', '-'"),
-            ("crop_scale", len(self.crop_scale) in (0, 2) and self._rises("crop_scale"), "() or (low, high)"),
-            ("crop_ratio", len(self.crop_ratio) == 2 and self._rises("crop_ratio"), "(low, high)"),
+            ("crop_scale", len(self.crop_scale) in (0, 2) and rises["crop_scale"], "() or (low, high)"),
+            ("crop_ratio", len(self.crop_ratio) == 2 and rises["crop_ratio"], "(low, high)"),
             ("kernel_size", self.kernel_size % 2, "an odd number"),
             ("depths", n_layers == len(self.depths) == len(self.strides) > 0, "as many entries as widths and strides"),
             ("align_weights", len(self.align_weights) <= min(4, n_layers), "a weight for each layer, 4 at most"),
-            ("align_weights", not self.align_weights or self.loss_fn_type == "KD" and self.student in ("dwpw", "ir"),
-             "() unless loss_fn_type=KD and student=dwpw or ir"),
-            ("teacher_views", not (self.teacher_views and any(self.align_weights)),
-             "0 with align_weights, because the teacher's feature maps are too large to store"),
+            ("align_weights", aligns or not self.align_weights, "() unless loss_fn_type=KD and student=dwpw or ir"),
+            # Feature maps are too large to store.
+            ("teacher_views", not (self.teacher_views and any(self.align_weights)), "0 with align_weights"),
             ("crop_scale", self.crop_scale or not (self.rotation or self.affine or self.vflip),
              "(low, high) with rotation, affine or vflip, for the centre crop has horizontal flips alone"),
         ):
             if not right:
                 raise UserError(f"{key}={getattr(self, key)!r}: allowed is {allowed}")
-
-    def _rises(self, key):
-        return list(getattr(self, key)) == sorted(getattr(self, key))
 
     @property
     def needs_teacher(self):
@@ -205,17 +200,14 @@ def parse_setting(text):
 # Simple and Medium keep their published values, poor or not, because each one teaches a step. Strong and Boss keep
 # what they teach, on the best legal student that was found; Beyond is the best recipe (tests/bench/RESULTS.md).
 _SIMPLE = Config()
-_MEDIUM = dataclasses.replace(_SIMPLE, exp_name="medium", loss_fn_type="KD", n_epochs=700)
-_STRONG = dataclasses.replace(
-    _MEDIUM, exp_name="strong", student="ir", stem_width=16, widths=(24, 32, 48), depths=(2, 3, 2), strides=(2, 2, 1),
-    crop_scale=(0.7, 1.0), vflip=0.5, rotation=180.0, affine=30.0, temperature=4.0, alpha=0.9, batch_size=128, lr=1e-3,
-    lr_schedule="cosine", warmup_epochs=2.0, n_epochs=300)
-_BOSS = dataclasses.replace(
-    _STRONG, exp_name="boss", temperature=20.0, alpha=0.5, lr_schedule="constant", warmup_epochs=0.0,
-    align_weights=(3.0, 2.0, 1.0), loss_schedule="handover", n_epochs=600, patience=60)
-_BEYOND = dataclasses.replace(
-    _STRONG, exp_name="beyond", crop_scale=(0.35, 1.0), vflip=0.0, rotation=0.0, affine=0.0, alpha=1.0,
-    optimizer="adamw", lr=4e-3, weight_decay=0.02, batch_size=64, n_epochs=600)
+_MEDIUM = replace(_SIMPLE, exp_name="medium", loss_fn_type="KD", n_epochs=700)
+_STRONG = replace(_MEDIUM, exp_name="strong", student="ir", stem_width=16, widths=(24, 32, 48), depths=(2, 3, 2),
+                  strides=(2, 2, 1), crop_scale=(0.7, 1.0), vflip=0.5, rotation=180.0, affine=30.0, temperature=4.0,
+                  alpha=0.9, batch_size=128, lr=1e-3, lr_schedule="cosine", warmup_epochs=2.0, n_epochs=300)
+_BOSS = replace(_STRONG, exp_name="boss", temperature=20.0, alpha=0.5, lr_schedule="constant", warmup_epochs=0.0,
+                align_weights=(3.0, 2.0, 1.0), loss_schedule="handover", n_epochs=600, patience=60)
+_BEYOND = replace(_STRONG, exp_name="beyond", crop_scale=(0.35, 1.0), vflip=0.0, rotation=0.0, affine=0.0, alpha=1.0,
+                  optimizer="adamw", lr=4e-3, weight_decay=0.02, batch_size=64, n_epochs=600)
 STAGES = {cfg.exp_name: cfg for cfg in (_SIMPLE, _MEDIUM, _STRONG, _BOSS, _BEYOND)}
 
 # LENGTH -> (share of a stage's epochs, but at least so many).
@@ -236,23 +228,16 @@ def get_config(stage, length="full", demo=False, **overrides):
     length = "fast" if is_fast() else length
     if length not in LENGTHS:
         raise UserError(f"LENGTH={length!r}: allowed is one of {', '.join(LENGTHS)}")
-    cfg = STAGES[stage]
-    share, at_least = LENGTHS[length]
-    n_epochs = min(cfg.n_epochs, max(at_least, round(share * cfg.n_epochs)))
-    settings = {"n_epochs": n_epochs}
-    if demo:
-        settings |= DEMO_SETTINGS | {"n_epochs": min(n_epochs, DEMO_EPOCHS)}
-    return dataclasses.replace(cfg, **(settings | overrides))
+    cfg, (share, at_least) = STAGES[stage], LENGTHS[length]
+    n_epochs = min(cfg.n_epochs, max(at_least, round(share * cfg.n_epochs)), DEMO_EPOCHS if demo else math.inf)
+    return replace(cfg, **({"n_epochs": n_epochs} | (DEMO_SETTINGS if demo else {}) | overrides))
 
 
 def diff_configs(a, b):
     """Print the settings in which Config `b` differs from Config `a`, a line each."""
     before, after = dataclasses.asdict(a), dataclasses.asdict(b)
-    changed = [key for key in before if before[key] != after[key]]
-    for key in changed:
-        print(f"{key:<14} {before[key]!s:>18}  ->  {after[key]!s}")
-    if not changed:
-        print("no difference")
+    lines = [f"{key:<14} {old!s:>18}  ->  {after[key]!s}" for key, old in before.items() if old != after[key]]
+    print("\n".join(lines) or "no difference")
 
 
 def is_fast():
@@ -291,24 +276,15 @@ def in_notebook():
     return any(kind.__name__ == "ZMQInteractiveShell" for kind in type(shell).__mro__)  # Colab's is a subclass
 
 
-class _CellDisplay(io.TextIOBase):
-    """A file for tqdm that redraws one line below a notebook cell, so that only its last state is kept."""
+class _CellBar(tqdm):
+    """A tqdm that redraws one line below a notebook cell, so that only its last state is kept."""
 
-    encoding = "utf-8"
-
-    def __init__(self):
-        self.handle = None
-
-    def write(self, text):
-        text = text.strip("\r\n ")
-        if text:
-            from IPython.display import display
-            bundle = {"text/plain": text}
-            if self.handle is None:
-                self.handle = display(bundle, raw=True, display_id=True)
-            else:
-                self.handle.update(bundle, raw=True)
-        return len(text)
+    @staticmethod
+    def status_printer(file):
+        """What tqdm calls with the text of the bar each time that it redraws it."""
+        from IPython.display import display
+        handle = display({"text/plain": ""}, raw=True, display_id=True)
+        return lambda text: handle.update({"text/plain": text}, raw=True)
 
 
 def progress_bar(total, desc, initial=0):
@@ -317,17 +293,17 @@ def progress_bar(total, desc, initial=0):
     It is plain tqdm on purpose: tqdm.auto's widgets and worker processes that fork in a notebook do not get on, and
     widgets are lost when the notebook is rendered.
     """
-    place = {"file": _CellDisplay(), "ncols": 120, "mininterval": 0.5} if in_notebook() else {
-        "file": sys.stderr, "dynamic_ncols": True, "mininterval": 0.5 if sys.stderr.isatty() else 30.0}
-    return tqdm(total=total, desc=desc, initial=initial, unit="img", disable=rank_and_world()[0] != 0, **place)
+    in_cell = {"file": io.StringIO(), "ascii": False, "ncols": 120, "mininterval": 0.5}
+    in_shell = {"file": sys.stderr, "dynamic_ncols": True, "mininterval": 0.5 if sys.stderr.isatty() else 30.0}
+    kind, place = (_CellBar, in_cell) if in_notebook() else (tqdm, in_shell)
+    return kind(total=total, desc=desc, initial=initial, unit="img", disable=rank_and_world()[0] != 0, **place)
 
 
 def rank_and_world():
     """(rank, number of processes) of this process; (0, 1) where torch.distributed is not in use."""
     dist = torch.distributed
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+    used = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if used else (0, 1)
 
 
 def say(text):
@@ -350,9 +326,8 @@ def pick_device():
     try:
         torch.ones(1, device=device).add_(1).item()
     except RuntimeError as error:
-        name = torch.cuda.get_device_name(device)
-        why = f"cannot run torch {torch.__version__} ({str(error).splitlines()[0]})"
-        raise UserError(f"the GPU {name} {why}; choose another (Kaggle: Settings > Accelerator > GPU T4 x2)") from None
+        name, why = torch.cuda.get_device_name(device), str(error).splitlines()[0]
+        raise UserError(f"the GPU {name} cannot run torch {torch.__version__} ({why}); Kaggle: choose T4 x2") from None
     torch.cuda.set_device(device)
     return device
 
@@ -407,23 +382,22 @@ def written_whole(path, keep_as=None):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Hold a folder for the block: UserError where another process holds it. A killed process holds nothing."""
-    if rank_and_world()[0] != 0:
+    """Hold a folder (None: nothing) for the block: UserError where another process holds it.
+
+    A killed process holds nothing, for the system closes its files.
+    """
+    with contextlib.ExitStack() as held:
+        if folder and rank_and_world()[0] == 0:
+            try:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                file = os.open(folder, os.O_RDONLY)
+                held.callback(os.close, file)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another run is working in {folder}: wait for it or choose another --out") from None
+            except OSError as error:
+                raise UserError(f"{folder} cannot be written ({error.strerror}); what was saved is intact") from None
         yield
-        return
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        file = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror}); what was saved is intact") from None
-    try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run is working in {folder}: wait for it or choose another --out") from None
-        yield
-    finally:
-        os.close(file)
 
 
 def check_writable(folder):
@@ -460,7 +434,7 @@ def load_file(path):
     except Exception as error:  # torch raises many kinds: pickle, zip, runtime, EOF
         if getattr(error, "errno", None) or isinstance(error, MemoryError):  # it could not be read: not its fault
             raise
-        unsafe = "Unsupported" in str(error) or "weights_only" in str(error)
+        unsafe = re.search("Unsupported|weights_only", str(error))
         why = "it holds more than tensors and plain values" if unsafe else "it is damaged or no torch file"
         raise UserError(f"{path} is not loaded: {why}") from None
 
@@ -516,11 +490,10 @@ class FoodData:
         """One paragraph: where, what, how many, what was ignored, whether there is a teacher."""
         counts = ", ".join(f"{s} {len(self.files[s])}" for s in SPLITS)
         loud = "*** DEMO: drawn shapes, not photographs. No number below says anything about Food-11. ***\n"
-        text = f"{loud * self.is_demo}{self.origin} in {self.root}: {counts}."
-        if self.ignored:
-            names = ", ".join(sorted({p.name for p in self.ignored})[:4])
-            text += f" Ignored {len(self.ignored)} stray, empty or unlabelled files ({names}, ...)."
-        return text + f" Teacher: {self.teacher or 'no file ' + TEACHER_FILE}."
+        names, n = ", ".join(sorted({p.name for p in self.ignored})[:4]), len(self.ignored)
+        stray = f" Ignored {n} stray, empty or unlabelled files ({names}, ...)." if n else ""
+        teacher = self.teacher or f"no file {TEACHER_FILE}"
+        return f"{loud * self.is_demo}{self.origin} in {self.root}: {counts}.{stray} Teacher: {teacher}."
 
 
 def find_data(root=None):
@@ -531,18 +504,12 @@ def find_data(root=None):
     folder is not usable, and on Kaggle where no input is attached.
     """
     named = root or os.environ.get("HW13_DATA")
-    if named:
-        return read_folder(named)
-    mounts = _kaggle_mounts()
-    if mounts:
-        return read_folder(mounts[0])
-    if on_kaggle():
-        raise UserError(f"no Food-11 folder under {kaggle_root() / 'input'}: press 'Add Input', search for the "
-                        f"competition '{COMPETITION}' (or a public copy of Food-11), attach it and run again")
-    for folder in (Path("Food-11"), Path("data/Food-11")):
-        if folder.is_dir():
-            return read_folder(folder)
-    return None
+    here = [] if on_kaggle() else filter(Path.is_dir, (Path("Food-11"), Path("data/Food-11")))
+    folder = named or next(itertools.chain(_kaggle_mounts(), here), None)
+    if folder is None and on_kaggle():
+        raise UserError(f"no Food-11 under {kaggle_root() / 'input'}: press 'Add Input', attach the competition "
+                        f"'{COMPETITION}' (or a public copy of Food-11) and run again")
+    return read_folder(folder) if folder else None
 
 
 def _kaggle_mounts():
@@ -572,37 +539,30 @@ def read_folder(root):
         if not splits[split][0]:
             raise UserError(f"{root / split} holds no usable image (.jpg, .jpeg or .png)")
     files, labels, ids = ({split: rows[i] for split, rows in splits.items()} for i in range(3))
-    data = FoodData(root, "", files, labels, ids, tuple(ignored), _find_teacher(root),
-                    bool(_class_folders(root / "training")))
-    if (root / "DRAWN_DEMO_SET").exists():
-        origin = "demo set (drawn, not photographs)"
-    elif data.class_folders:
-        origin = "public copy of Food-11 (not the homework's split)"
-    else:
-        origin = "Food-11 of the homework" if data.is_homework else "own photographs (not Food-11)"
-    return dataclasses.replace(data, origin=origin)
-
-
-def _find_teacher(root):
-    """The teacher file in the data folder or beside it; on Kaggle in any input, for public copies have none."""
-    places = [root / TEACHER_FILE, root.parent / TEACHER_FILE]
-    if on_kaggle():
-        places += sorted((kaggle_root() / "input").glob(f"**/{TEACHER_FILE}"))
-    return next((p for p in places if p.is_file()), None)
+    # The teacher lies in the data folder or beside it; on Kaggle in any input, for public copies have none.
+    attached = sorted((kaggle_root() / "input").glob(f"**/{TEACHER_FILE}"))
+    teacher = next(filter(Path.is_file, (root / TEACHER_FILE, root.parent / TEACHER_FILE, *attached)), None)
+    in_folders = bool(_class_folders(root / "training"))
+    data = FoodData(root, "", files, labels, ids, tuple(ignored), teacher, in_folders)
+    origin = ("demo set (drawn, not photographs)" if (root / "DRAWN_DEMO_SET").exists() else
+              "public copy of Food-11 (not the homework's split)" if data.class_folders else
+              "Food-11 of the homework" if data.is_homework else "own photographs (not Food-11)")
+    return replace(data, origin=origin)
 
 
 def _class_folders(folder):
     """{folder: label} of the class folders in a split, matched by name; {} for the flat layout."""
     numbers = {_normalised(name): k for k, name in enumerate(CLASS_NAMES)}
-    folders = [p for p in sorted(folder.iterdir()) if p.is_dir() and not p.name.startswith((".", "__"))]
-    found = [_normalised(p.name) for p in folders]
-    for path in folders:
-        if _normalised(path.name) not in numbers or found.count(_normalised(path.name)) > 1:
+    paths = [p for p in sorted(folder.iterdir()) if p.is_dir() and not p.name.startswith((".", "__"))]
+    folders = {path: _normalised(path.name) for path in paths}
+    found = Counter(folders.values())
+    for path, name in folders.items():
+        if name not in numbers or found[name] > 1:
             raise UserError(f"{path} is no class of Food-11, or is there twice; wanted are {', '.join(CLASS_NAMES)}")
     missing = [CLASS_NAMES[k] for name, k in numbers.items() if name not in found]
     if folders and missing:
         raise UserError(f"{folder} has no folder for {', '.join(missing)}")
-    return {path: numbers[name] for path, name in zip(folders, found, strict=True)}
+    return {path: numbers[name] for path, name in folders.items()}
 
 
 def _normalised(name):
@@ -616,22 +576,21 @@ def _read_split(folder, evaluation, ignored):
     """
     folders = _class_folders(folder)
     files, labels, unlabelled = [], [], []
-    for path in sorted((p for place in folders or [folder] for p in place.iterdir() if p.is_file()),
-                       key=lambda p: p.relative_to(folder).as_posix()):
-        if path.name.startswith(".") or path.suffix.lower() not in IMAGE_SUFFIXES or not (
-                evaluation or path.stat().st_size):
-            ignored.append(path)
-            continue
-        if evaluation and not path.name.isprintable():
-            raise UserError(f"{ascii(str(path))} has a name that is no text: rename it")
+    for path in sorted(p for place in folders or [folder] for p in place.iterdir() if p.is_file()):
         number = re.match(r"(\d+)_", path.name)
-        if folders or evaluation or number:
-            files.append(path)
-            labels.append(folders.get(path.parent, -1) if folders or evaluation else int(number[1]))
-        else:
+        label = folders.get(path.parent, -1) if folders or evaluation else int(number[1]) if number else None
+        image = not path.name.startswith(".") and path.suffix.lower() in IMAGE_SUFFIXES
+        if not image or not evaluation and path.stat().st_size == 0:
+            ignored.append(path)
+        elif label is None:
             unlabelled.append(path)
-        if labels and labels[-1] >= NUM_CLASSES:
-            raise UserError(f"{path} has label {labels[-1]}; allowed are 0 to {NUM_CLASSES - 1}")
+        elif label >= NUM_CLASSES:
+            raise UserError(f"{path} has label {label}; allowed are 0 to {NUM_CLASSES - 1}")
+        elif evaluation and not path.name.isprintable():
+            raise UserError(f"{ascii(str(path))} has a name that is no text: rename it")
+        else:
+            files.append(path)
+            labels.append(label)
     if len(unlabelled) > MAX_BAD_SHARE * (len(files) + len(unlabelled)):
         raise UserError(f"{len(unlabelled)} images have no label in their name (<label>_<n>.jpg): {unlabelled[0]}, ...")
     ignored.extend(unlabelled)
@@ -649,12 +608,10 @@ def open_image(path):
     """
     try:
         with Image.open(path) as image:
-            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels is a decompression bomb")
             if image.mode.startswith("I"):  # 16 bit: PIL would clip it to white
                 image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
             return ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, ... for broken files
+    except Exception as error:  # PIL raises OSError, SyntaxError, struct.error, DecompressionBombError, ...
         raise UserError(f"{path} cannot be decoded ({type(error).__name__}: {error})") from None
 
 
@@ -675,10 +632,8 @@ def reference_transform(cfg, train):
     told otherwise; BILINEAR is used here as in the batched loader.
     """
     bilinear = transforms.InterpolationMode.BILINEAR
-    if train and cfg.crop_scale:
-        steps = [transforms.RandomResizedCrop(cfg.image_size, cfg.crop_scale, cfg.crop_ratio)]
-    else:
-        steps = [eval_transform(cfg.image_size)]
+    random_crop = transforms.RandomResizedCrop(cfg.image_size, cfg.crop_scale or (1, 1), cfg.crop_ratio)
+    steps = [random_crop if train and cfg.crop_scale else eval_transform(cfg.image_size)]
     if train:
         steps += [transforms.RandomHorizontalFlip(cfg.hflip), transforms.RandomVerticalFlip(cfg.vflip)]
         steps += [transforms.RandomRotation(cfg.rotation, bilinear)] if cfg.rotation else []
@@ -741,14 +696,14 @@ def load_data(data, split, view, image_size):
     and named, many are an error; an evaluation image is never left out: a damaged one is decoded as far as it goes,
     else it becomes grey, and is named.
     """
-    files = data.files[split]
+    files, n = data.files[split], len(data.files[split])
     side = source_size(image_size) if view == "whole" else image_size
     stats = [(p.relative_to(data.root).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     key = fingerprint(CACHE_VERSION, Image.__version__, torchvision.__version__, view, image_size, stats)
     path = cache_root() / f"{split}-{view}-{image_size}-{key}.images"
-    n = len(files)
     if not _is_cache(path, n, side) and rank_and_world()[0] == 0:
-        _decode_all(data, split, view, image_size, path)
+        to_view = transforms.Resize((side, side)) if view == "whole" else eval_transform(image_size)
+        _decode_all(files, split, to_view, side, path)
     _collective("barrier")
     header, images = _map_cache(path, n, side)
     keep = header["good"].nonzero()[:, 0]
@@ -757,12 +712,6 @@ def load_data(data, split, view, image_size):
         say(f"WARNING: {damaged} of {n} {split} images are damaged; each was named when {path.name} was made")
     return Split(split, view, data.origin, images[:len(keep)], torch.tensor(data.labels[split])[keep],
                  tuple(data.ids[split][i] for i in keep.tolist()), header["aspect"][keep].clone(), path)
-
-
-def check_space(path, size):
-    """UserError unless `size` bytes are free where the cache file `path` will lie."""
-    if shutil.disk_usage(path.parent).free < size:
-        raise UserError(f"the cache needs {size / 1e9:.1f} GB in {path.parent}, which has less; set HW13_CACHE")
 
 
 def _cache_bytes(n, side):
@@ -785,17 +734,17 @@ def _map_cache(path, n, side, mode="r"):
     return {"aspect": flat[:4 * n].view(torch.float32), "good": flat[4 * n:5 * n]}, pixels
 
 
-def _decode_all(data, split, view, image_size, path):
-    """Decode a split in parallel into the cache file `path`, written whole or not at all."""
-    files, side = data.files[split], source_size(image_size) if view == "whole" else image_size
-    size = _cache_bytes(len(files), side)
-    check_space(path, size)
-    to_view = (lambda im: im.resize((side, side), Image.Resampling.BILINEAR)) if view == "whole" else (
-        eval_transform(image_size))
+def _decode_all(files, split, to_view, side, path):
+    """Decode the files of a split in parallel into the cache file `path`, written whole or not at all."""
     bad = {}
     with written_whole(path) as temporary:
-        with open(temporary, "wb") as file:  # all of it, so that a disk cannot fill up below the mapping
-            os.posix_fallocate(file.fileno(), 0, size)
+        size = _cache_bytes(len(files), side)
+        try:
+            with open(temporary, "wb") as file:  # all of it, so that a disk cannot fill up below the mapping
+                os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            where = f"{path.parent} ({error.strerror}): set HW13_CACHE"
+            raise UserError(f"the cache of {size / 1e9:.1f} GB cannot be made in {where}") from None
         header, images = _map_cache(temporary, len(files), side, "r+")
         for part in header.values():
             part.fill_(1)
@@ -857,36 +806,21 @@ def _collective(name, *args):
 
 # --- the drawn demo set ----------------------------------------------------------------------------------------------
 
-# For each class, shapes drawn in turn: (ImageDraw's method, colour, box or points in unit coordinates, line width).
-_DISHES = (
-    (("ellipse", (176, 116, 56), (.1, .25, .9, .8)), ("line", (120, 70, 30), (.35, .35, .45, .65), 5)),
-    (("rectangle", (238, 238, 245), (.3, .2, .7, .9)), ("rectangle", (120, 160, 220), (.3, .45, .7, .65))),
-    (("polygon", (240, 190, 200), (.1, .8, .9, .8, .9, .4)), ("ellipse", (200, 30, 50), (.75, .22, .92, .4))),
-    (("ellipse", (248, 246, 238), (.12, .15, .88, .88)), ("ellipse", (244, 180, 40), (.36, .36, .66, .66))),
-    (("line", (222, 165, 60), (.25, .15, .35, .85), 9), ("line", (226, 170, 70), (.72, .15, .6, .85), 9)),
-    (("ellipse", (140, 60, 48), (.12, .2, .75, .85)), ("line", (240, 230, 215), (.65, .6, .92, .9), 8)),
-    (("line", (230, 196, 96), (.1, .3, .4, .8, .5, .2, .6, .8, .9, .3), 4),),
-    (("ellipse", (60, 70, 110), (.12, .2, .88, .95)), ("ellipse", (245, 245, 240), (.12, .2, .88, .6))),
-    (("ellipse", (110, 150, 175), (.08, .32, .7, .7)), ("polygon", (95, 135, 165), (.62, .5, .92, .3, .92, .72))),
-    (("ellipse", (235, 235, 235), (.08, .08, .92, .92)), ("ellipse", (196, 92, 40), (.2, .2, .8, .8))),
-    (("ellipse", (190, 40, 40), (.2, .3, .8, .9)), ("polygon", (60, 130, 50), (.5, .3, .75, .08, .8, .25))),
-)
-
-
 def draw_dish(label, rng):
-    """One drawn picture of class `label`: a PIL image, 72 to 112 px a side, turned, tinted, noisy, partly covered."""
-    def colour(base, spread):
-        return tuple(int(c) for c in (base + rng.normal(0, spread, 3)).clip(0, 255))
+    """One drawn picture of class `label`: a PIL image, 72 to 112 px a side, tinted, noisy, partly covered.
 
-    table, tint = rng.integers(60, 220, 3), rng.normal(0, 24, 3)
-    canvas = Image.new("RGB", (96, 96), tuple(table.tolist()))
-    draw, size, corner = ImageDraw.Draw(canvas), rng.uniform(46, 84), rng.uniform(4, 14, 2)
-    for method, base, points, *width in _DISHES[label]:
-        places = (np.array(points).reshape(-1, 2) * size + corner).flatten().tolist()
-        getattr(draw, method)(places, colour(base + tint, 10), **({"width": width[0]} if width else {}))
-    spot, extent = rng.uniform(0, 70, 2), rng.uniform(12, 34)
-    draw.rectangle([*spot, *(spot + extent)], colour(rng.integers(60, 220, 3), 0))
-    canvas = canvas.rotate(rng.uniform(-35, 35), Image.Resampling.BILINEAR, fillcolor=tuple(table.tolist()))
+    A plate with one to three pieces of food on a table: their hue, their number and their corners tell the class.
+    """
+    canvas = Image.new("RGB", (96, 96), tuple(rng.integers(60, 220, 3).tolist()))
+    draw, plate = ImageDraw.Draw(canvas), rng.uniform(42, 54, 2)
+    draw.ellipse([*(plate - 40), *(plate + 40)], (225, 225, 220))
+    base = np.array(ImageColor.getrgb(f"hsv({360 * label / NUM_CLASSES}, 70%, 80%)")) + rng.normal(0, 16, 3)
+    for angle in 2 * math.pi * (rng.random() + np.arange(1 + label % 3) / 3):
+        x, y = plate + 18 * np.array([math.cos(angle), math.sin(angle)]) + rng.normal(0, 2, 2)
+        colour = tuple((base + rng.normal(0, 10, 3)).clip(0, 255).astype(int).tolist())
+        draw.regular_polygon((x, y, rng.uniform(13, 19)), 3 + label % 4, rng.uniform(0, 360), colour)
+    corner = rng.uniform(0, 70, 2)
+    draw.rectangle([*corner, *(corner + rng.uniform(12, 34))], tuple(rng.integers(60, 220, 3).tolist()))
     pixels = np.asarray(canvas, dtype=np.float32) + rng.normal(0, 8, (96, 96, 3))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).resize(tuple(rng.integers(72, 113, 2).tolist()))
 
@@ -896,17 +830,15 @@ def make_demo_data():
 
     It exists so that the notebook runs on a machine without data. Its scores say nothing about Food-11.
     """
-    per_class = {"training": 20, "validation": 6, "evaluation": 4} if is_fast() else {
-        "training": 110, "validation": 40, "evaluation": 20}
-    root = cache_root() / f"demo-{fingerprint(inspect.getsource(draw_dish), _DISHES, per_class)}" / "Food-11"
+    per_class = dict(zip(SPLITS, (20, 6, 4) if is_fast() else (110, 40, 20), strict=True))
+    root = cache_root() / f"demo-{fingerprint(inspect.getsource(draw_dish), per_class)}" / "Food-11"
     if not root.is_dir():
         building = Path(tempfile.mkdtemp(dir=cache_root())) / "Food-11"
         for number, (split, n) in enumerate(per_class.items()):
             (building / split).mkdir(parents=True)
             rng = np.random.default_rng(number)
-            labels = np.repeat(np.arange(NUM_CLASSES), n)
-            for i, label in enumerate(rng.permutation(labels) if split == "evaluation" else labels):
-                name = f"{i:04d}.jpg" if split == "evaluation" else f"{label}_{i % n}.jpg"
+            for i, label in enumerate((rng.permutation(NUM_CLASSES * n) % NUM_CLASSES).tolist()):
+                name = f"{i:04d}.jpg" if split == "evaluation" else f"{label}_{i}.jpg"
                 draw_dish(label, rng).save(building / split / name, quality=90)
         (building / "DRAWN_DEMO_SET").write_text("Drawn shapes, not photographs.\n")
         with contextlib.suppress(OSError):  # another process was first
@@ -924,11 +856,10 @@ Batch = namedtuple("Batch", "images labels rows share", defaults=(None, 1.0))
 Affine = namedtuple("Affine", "theta frames")
 
 
-def _matrix(a, b, c, d, x=None, y=None):
-    """(N, 3, 3) float64 affine matrices [[a, b, x], [c, d, y], [0, 0, 1]] from (N,) entries."""
-    zero, one = torch.zeros_like(a), torch.ones_like(a)
-    rows = [a, b, zero if x is None else x, c, d, zero if y is None else y, zero, zero, one]
-    return torch.stack(rows, -1).view(-1, 3, 3)
+def _matrix(a, b, c, d, x=0.0, y=0.0):
+    """(N, 3, 3) float64 affine matrices [[a, b, x], [c, d, y], [0, 0, 1]] from entries that are (N,) or numbers."""
+    entries = (torch.as_tensor(entry, dtype=torch.float64) for entry in (a, b, x, c, d, y, 0, 0, 1))
+    return torch.stack(torch.broadcast_tensors(*entries), -1).view(-1, 3, 3)
 
 
 def sample_crops(aspects, scale, ratio, generator):
@@ -950,8 +881,7 @@ def sample_crops(aspects, scale, ratio, generator):
     none, limit = ~fits.any(1), aspects.double().clamp(*ratio)
     wide = torch.where(none, (limit / aspects).clamp(max=1), wide)
     high = torch.where(none, (aspects / limit).clamp(max=1), high)
-    place = torch.rand(2, n, dtype=torch.float64, generator=generator) * 2 - 1
-    place = torch.where(none, 0.0, place)
+    place = torch.where(none, 0.0, torch.rand(2, n, dtype=torch.float64, generator=generator) * 2 - 1)
     return place[0] * (1 - wide), place[1] * (1 - high), wide, high
 
 
@@ -972,7 +902,7 @@ def sample_affine(aspects, cfg, generator):
 
     x, y, wide, high = sample_crops(aspects, cfg.crop_scale, cfg.crop_ratio, generator)
     flip_x, flip_y = flip(cfg.hflip), flip(cfg.vflip)
-    crop = _matrix(wide * flip_x, torch.zeros(n), torch.zeros(n), high * flip_y, x, y)
+    crop = _matrix(wide * flip_x, 0, 0, high * flip_y, x, y)
     # Undone in reverse order. torchvision's rotate turns counter-clockwise and its affine clockwise.
     turns = [sign * math.pi / 180 * uniform(limit) for sign, limit in ((-1, cfg.affine), (1, cfg.rotation)) if limit]
     undo, frames = torch.eye(3, dtype=torch.float64).expand(n, 3, 3), []
@@ -1082,10 +1012,8 @@ class BatchLoader:
     def views_of(self, rows, draw=None):
         """The normalised images (B, 3, S, S) of some rows as the chosen epoch shows them."""
         there = rows.to(self.device, non_blocking=True)
-        if self.images.device.type == self.device.type:
-            images = self.images[there]
-        else:
-            images = self.images[rows].pin_memory().to(self.device, non_blocking=True)
+        near = self.images.device.type == self.device.type
+        images = self.images[there] if near else self.images[rows].pin_memory().to(self.device, non_blocking=True)
         draw = self._draw() if draw is None else draw
         if isinstance(draw, Affine):
             images = warp(images, Affine(draw.theta[there], tuple(f[there] for f in draw.frames)), self.cfg.image_size)
@@ -1153,27 +1081,19 @@ def dwpw_conv(in_channels, out_channels, kernel_size=3, stride=2, padding=1):
 
 def sample_student(cfg):
     """The course's sample net: four plain 3x3 convolutions, 59,723 parameters. (B, 3, H, W) -> logits (B, 11)."""
-    net = nn.Sequential()
+    parts = OrderedDict()
     for i, (width, out) in enumerate(itertools.pairwise((3, 4, 16, 64, 84)), 1):
-        net.add_module(f"conv{i}", nn.Conv2d(width, out, 3))
-        net.add_module(f"bn{i}", nn.BatchNorm2d(out))
-        net.add_module(f"relu{i}", nn.ReLU())
-        if i > 1:
-            net.add_module(f"pool{i}", nn.MaxPool2d(2))
-    net.add_module("pool", GlobalAvgPool())
-    net.add_module("fc", nn.Linear(84, NUM_CLASSES))
-    return net
+        parts |= {f"conv{i}": nn.Conv2d(width, out, 3), f"bn{i}": nn.BatchNorm2d(out), f"relu{i}": nn.ReLU()}
+        parts |= {f"pool{i}": nn.MaxPool2d(2)} if i > 1 else {}
+    return nn.Sequential(parts | {"pool": GlobalAvgPool(), "fc": nn.Linear(84, NUM_CLASSES)})
 
 
 def stacked(cfg, stem, block):
     """stem, then layer1, layer2, ... of `block(width, out, stride)` as the config says, then pool and classifier."""
     parts, width = OrderedDict(stem=stem), cfg.stem_width
     for number, (out, depth, stride) in enumerate(zip(cfg.widths, cfg.depths, cfg.strides, strict=True), 1):
-        blocks = []
-        for first in [True] + [False] * (depth - 1):
-            blocks.append(block(width, out, stride if first else 1))
-            width = out
-        parts[f"layer{number}"] = nn.Sequential(*blocks)
+        later = (block(out, out, 1) for _ in range(1, depth))
+        parts[f"layer{number}"], width = nn.Sequential(block(width, out, stride), *later), out
     return nn.Sequential(parts | {"pool": GlobalAvgPool(), "fc": nn.Linear(width, NUM_CLASSES)})
 
 
@@ -1183,10 +1103,9 @@ def dwpw_student(cfg):
     The stem is the teacher's shape (7x7 stride 2, max-pool); widths, depths, strides and kernel come from `cfg`.
     (B, 3, H, W) -> logits (B, 11).
     """
-    stem = nn.Sequential(nn.Conv2d(3, cfg.stem_width, 7, 2, 3, bias=False), nn.BatchNorm2d(cfg.stem_width), nn.ReLU(),
-                         nn.MaxPool2d(3, 2, 1))
-    return stacked(cfg, stem, lambda width, out, stride: dwpw_conv(width, out, cfg.kernel_size, stride,
-                                                                   cfg.kernel_size // 2))
+    width, k = cfg.stem_width, cfg.kernel_size
+    stem = [nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+    return stacked(cfg, nn.Sequential(*stem), lambda width, out, stride: dwpw_conv(width, out, k, stride, k // 2))
 
 
 def conv_bn(in_channels, out_channels, kernel_size=1, stride=1, groups=1, activate=True):
@@ -1221,8 +1140,10 @@ def ir_student(cfg):
 
     Late layers without a stride keep large feature maps, which cost multiply-adds and no parameters.
     """
-    return stacked(cfg, conv_bn(3, cfg.stem_width, 3, 2), lambda width, out, stride: InvertedResidual(
-        width, out, cfg.kernel_size, stride, cfg.expansion))
+    def block(width, out, stride):
+        return InvertedResidual(width, out, cfg.kernel_size, stride, cfg.expansion)
+
+    return stacked(cfg, conv_bn(3, cfg.stem_width, 3, 2), block)
 
 
 def _resnet(name):
@@ -1252,9 +1173,8 @@ def check_budget(model, limit=PARAM_LIMIT):
     Strict is the larger of two counts: all parameters once, trained or frozen (catches a bare nn.Parameter), and those
     of every module each time that it is called (catches a module called twice, which the course's tool counts twice).
     """
-    stored = sum(p.numel() for p in model.parameters())
-    called = sum(p for _, _, p, _ in _trace(model, 64))
-    count = max(stored, called)
+    called = sum(own for _, _, own, _ in _trace(model, 64))
+    count = max(called, sum(p.numel() for p in model.parameters()))
     if count > limit:
         raise UserError(f"the student has {count:,} parameters; the homework allows {limit:,}: choose smaller widths")
     return count
@@ -1262,15 +1182,14 @@ def check_budget(model, limit=PARAM_LIMIT):
 
 @contextlib.contextmanager
 def evaluation_mode(model):
-    """Eval mode and no gradients for the block; afterwards every module is in the mode that it was in."""
-    modes = {module: module.training for module in model.modules()}
+    """Eval mode and no gradients for the block; afterwards the model is in the mode that it was in."""
+    training = model.training
     model.eval()
     try:
         with torch.no_grad():
             yield next(model.parameters()).device
     finally:
-        for module, training in modes.items():
-            module.training = training
+        model.train(training)
 
 
 def _trace(model, image_size):
@@ -1349,18 +1268,14 @@ def load_teacher(path, device="cpu"):
 def _load_resnet(path):
     """One of TEACHERS with the weights of a checkpoint."""
     state = load_weights(path)
-    for architecture in TEACHERS:
-        teacher = TEACHERS[architecture](None)
-        wanted = teacher.state_dict()
-        if wanted.keys() == state.keys():
-            break
-    else:
-        raise UserError(f"{path} is not loaded: its {len(state)} tensors are not those of "
-                        f"{', '.join(TEACHERS)} (its first is {next(iter(state))!r})")
-    other = next((key for key, value in wanted.items() if value.shape != state[key].shape), None)
-    if other:
-        shapes = tuple(state[other].shape), tuple(wanted[other].shape)
-        raise UserError(f"{path} is not loaded: {other} has shape {shapes[0]}, an 11-class {architecture} {shapes[1]}")
+    teachers = (build(None) for build in TEACHERS.values())
+    teacher = next((net for net in teachers if net.state_dict().keys() == state.keys()), None)
+    if teacher is None:
+        raise UserError(f"{path} is not loaded: its tensors are not those of {', '.join(TEACHERS)}")
+    for key, wanted in teacher.state_dict().items():
+        shape = tuple(state[key].shape)
+        if shape != wanted.shape:
+            raise UserError(f"{path} is not loaded: {key} has shape {shape}, for 11 classes {tuple(wanted.shape)}")
     teacher.load_state_dict(state)
     return teacher
 
@@ -1497,16 +1412,15 @@ class DistillLoss(nn.Module):
     def _adapters(self):
         ours, theirs = (feature_shapes(net, self.layers, self.cfg.image_size) if self.layers else {}
                         for net in (self.student, self.teacher))
-        for name, (channels, *size) in ours.items():
-            wanted, *teacher_size = theirs[name]
-            factor = max(size[0] // teacher_size[0], 1)
-            if size != [factor * side for side in teacher_size]:
-                raise UserError(f"{name} of the student is {size[0]} px, the teacher's is {teacher_size[0]} px: choose "
+        for name, (channels, side, _) in ours.items():
+            wanted, teacher_side, _ = theirs[name]
+            if side % teacher_side:
+                raise UserError(f"{name} of the student is {side} px, the teacher's is {teacher_side} px: choose "
                                 "strides that agree, or that leave the student's a whole number of times as large")
+            pool = [nn.AvgPool2d(side // teacher_side)] if side > teacher_side else []
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.cfg.seed)
-                yield name, nn.Sequential(*([nn.AvgPool2d(factor)] if factor > 1 else []),
-                                          *([nn.Conv2d(channels, wanted, 1)] if channels != wanted else []))
+                yield name, nn.Sequential(*pool, *([nn.Conv2d(channels, wanted, 1)] if channels != wanted else []))
 
 
 def feature_shapes(model, layers, image_size):
@@ -1516,30 +1430,29 @@ def feature_shapes(model, layers, image_size):
     return {name: tuple(maps[name].shape[1:]) for name in layers}
 
 
-def _kd(student, labels, teacher, alpha, t, *, soften=(True, True), reduction="batchmean", power=2, log=F.log_softmax,
-        target=lambda q: q):
+def _kd(student, labels, teacher, alpha, t, first=F.log_softmax, second=F.softmax, reduction="batchmean", divisor=1,
+        power=2, student_power=1, teacher_power=1, swapped=False, flipped=False):
     """loss_fn_kd with its details open to be got wrong, for check_loss_fn_kd."""
-    log_p, q = log(student / (t if soften[0] else 1), 1), F.softmax(teacher / (t if soften[1] else 1), 1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns of 'mean' itself
-        soft_loss = F.kl_div(log_p, target(q), reduction=reduction)
+    student, teacher = (teacher, student) if swapped else (student, teacher)
+    alpha = 1 - alpha if flipped else alpha
+    log_p, q = first(student / t**student_power, 1), second(teacher / t**teacher_power, 1)
+    soft_loss = F.kl_div(log_p, q, reduction=reduction) / divisor
     return alpha * t**power * soft_loss + (1 - alpha) * F.cross_entropy(student, labels)
 
 
-KD_MISTAKES = {
-    "reduction='mean' divides by the number of classes too (11 times too small): use 'batchmean'":
-        functools.partial(_kd, reduction="mean"),
-    "reduction='sum' grows with the batch: use 'batchmean'": functools.partial(_kd, reduction="sum"),
-    "F.kl_div wants log-probabilities of the student first: log_softmax, not softmax":
-        functools.partial(_kd, log=F.softmax),
-    "F.kl_div wants the teacher's probabilities, not their logarithm": functools.partial(_kd, target=torch.log),
-    "the soft loss is not multiplied by temperature ** 2": functools.partial(_kd, power=0),
-    "the soft loss is multiplied by temperature, not by its square": functools.partial(_kd, power=1),
-    "the student's logits are not divided by the temperature": functools.partial(_kd, soften=(False, True)),
-    "the teacher's logits are not divided by the temperature": functools.partial(_kd, soften=(True, False)),
-    "student and teacher are swapped": lambda s, labels, t, *rest: _kd(t, labels, s, *rest),
-    "alpha weighs the labels instead of the soft loss": lambda s, y, t, alpha, temp: _kd(s, y, t, 1 - alpha, temp),
-}
+# hint -> a loss with this mistake: (hint, which detail of _kd, its wrong value)
+KD_MISTAKES = {hint: functools.partial(_kd, **{detail: value}) for hint, detail, value in (
+    ("reduction='mean' divides by the classes too (11 times too small): use 'batchmean'", "divisor", NUM_CLASSES),
+    ("reduction='sum' grows with the batch: use 'batchmean'", "reduction", "sum"),
+    ("F.kl_div wants log-probabilities of the student first: log_softmax, not softmax", "first", F.softmax),
+    ("F.kl_div wants the teacher's probabilities, not their logarithm", "second", F.log_softmax),
+    ("the soft loss is not multiplied by temperature ** 2", "power", 0),
+    ("the soft loss is multiplied by temperature, not by its square", "power", 1),
+    ("the student's logits are not divided by the temperature", "student_power", 0),
+    ("the teacher's logits are not divided by the temperature", "teacher_power", 0),
+    ("student and teacher are swapped", "swapped", True),
+    ("alpha weighs the labels instead of the soft loss", "flipped", True),
+)}
 
 
 def check_loss_fn_kd(my_loss):
@@ -1561,16 +1474,11 @@ def check_loss_fn_kd(my_loss):
     except Exception as error:  # whatever a learner's code raises is theirs to read
         print(f"Not yet: it raises {type(error).__name__}: {error}")
         return False
-    if agrees(loss_fn_kd):
-        print("Right: it agrees with loss_fn_kd.")
-        return True
-    for hint, mistaken in KD_MISTAKES.items():
-        if agrees(mistaken):
-            print(f"Not yet: {hint}.")
-            return False
-    print(f"Not yet: for alpha 0.3 and T 4 it gives {float(given[0]):.4f}, wanted is "
-          f"{float(loss_fn_kd(*cases[0])):.4f}; no known mistake gives that.")
-    return False
+    right, wanted = agrees(loss_fn_kd), loss_fn_kd(*cases[0])
+    unknown = f"no known mistake gives {given[0]:.4f} for alpha 0.3 and T 4; wanted is {wanted:.4f}"
+    hint = next((hint for hint, mistaken in KD_MISTAKES.items() if agrees(mistaken)), unknown)
+    print("Right: it agrees with loss_fn_kd." if right else f"Not yet: {hint}.")
+    return right
 
 
 # =====================================================================================================================
@@ -1658,13 +1566,11 @@ class TrainState:
 
 
 def refuse_evaluation(loader):
-    """UserError for a loader of evaluation images, whatever torch wrapped around their Dataset."""
-    inside = [loader.dataset]
-    while inside:
-        dataset = inside.pop()
-        if getattr(dataset, "name", None) == "evaluation":
-            raise UserError("evaluation images are for predictions alone: they must not enter training or validation")
-        inside += [*getattr(dataset, "datasets", ()), *([dataset.dataset] if hasattr(dataset, "dataset") else [])]
+    """UserError for a loader or Dataset of evaluation images, whatever torch wrapped around them."""
+    if getattr(loader, "name", None) == "evaluation":
+        raise UserError("evaluation images are for predictions alone: they must not enter training or validation")
+    for inside in (*getattr(loader, "datasets", ()), *([loader.dataset] if hasattr(loader, "dataset") else [])):
+        refuse_evaluation(inside)
 
 
 def train_one_epoch(state, forward, loader, cfg, epoch, views=None, on_step=None):
@@ -1682,13 +1588,11 @@ def train_one_epoch(state, forward, loader, cfg, epoch, views=None, on_step=None
         loader.set_epoch(epoch)
     else:  # a DataLoader draws from the global random state
         torch.manual_seed(int(fingerprint(cfg.seed, epoch)[:12], 16))
-    view, n_steps = getattr(loader, "epoch", epoch), len(loader)
+    view, n_steps, recent = getattr(loader, "epoch", epoch), len(loader), []  # recent: (loss, rows) since the last look
     sums = torch.zeros(3, device=device, dtype=torch.float64)  # loss * images, correct, images
-    recent = []  # (loss on the device, rows) of the batches since the last look
     for step, batch in enumerate(loader):
         images, labels, rows, share = Batch(*batch)
-        images = images.to(device, loss_fn.dtype or torch.float32, non_blocking=True,
-                           memory_format=torch.channels_last)
+        images = images.to(device, loss_fn.dtype or torch.float32, non_blocking=True, memory_format=torch.channels_last)
         labels = labels.to(device, non_blocking=True)
         stored = views.read(view, rows, device) if views else None
         loss, student_logits, teacher_logits = forward(images, labels, stored)
@@ -1776,20 +1680,19 @@ class RunDisplay:
     """One progress bar over all epochs of a fit, with live loss and accuracy, and one line with the measured pace."""
 
     def __init__(self, cfg, n_images, first_epoch, best):
-        self.cfg, self.epoch, self.best, self.seen, self.told = cfg, first_epoch, max(best, 0), 0, False
+        self.cfg, self.epoch, self.best, self.told = cfg, first_epoch, max(best, 0), False
         self.bar = progress_bar(cfg.n_epochs * n_images, cfg.exp_name, first_epoch * n_images)
         self.start = self.drawn = time.perf_counter()
 
     def on_step(self, n, sums):
         """Count a step of `n` images; once a second read the sums (loss * images, correct, images) and redraw."""
-        n, now = n * rank_and_world()[1], time.perf_counter()
-        self.seen += n
-        self.bar.update(n)
+        now = time.perf_counter()
+        self.bar.update(n * rank_and_world()[1])
         if now - self.drawn > 1 and not self.bar.disable:
             self.drawn, (loss, correct, images) = now, sums.tolist()
             self.show(self.epoch + 1, loss / images, correct / images)
             if now - self.start > 20 and not self.told:
-                self.tell_pace()
+                self.tell_pace(now - self.start)
 
     def on_epoch(self, row, best):
         self.epoch, self.best = row["epoch"], best
@@ -1799,18 +1702,16 @@ class RunDisplay:
         self.bar.set_postfix_str(f"epoch {epoch}/{self.cfg.n_epochs}, loss {loss:.3f}, acc {accuracy:.3f}, "
                                  f"best valid {self.best:.3f}", refresh=False)
 
-    def tell_pace(self):
-        """Say once how fast it runs and when it will end, and on Kaggle whether the session is long enough."""
-        self.told = True
-        rate = self.seen / (time.perf_counter() - self.start)
+    def tell_pace(self, seconds):
+        """Say once, after so many `seconds`: the pace, the end, and whether Kaggle's session is long enough for it."""
+        rate, self.told = (self.bar.n - self.bar.initial) / seconds, True
         left = datetime.timedelta(seconds=round((self.bar.total - self.bar.n) / rate))
         end = f"{datetime.datetime.now() + left:%H:%M}"
         text = f"{self.cfg.exp_name}: {rate:,.0f} images/s, {left} to go, ends about {end}"
         if on_kaggle():
-            rest = KAGGLE_HOURS * 3600 - (time.time() - SESSION_START)
-            fits = left.total_seconds() < rest
-            text += f"; the Kaggle session has {rest / 3600:.1f} h left" + (
-                "" if fits else ": choose LENGTH = 'lesson' or a smaller n_epochs, or go on in a second session")
+            rest = datetime.timedelta(hours=KAGGLE_HOURS, seconds=round(SESSION_START - time.time()))
+            advice = ": choose LENGTH = 'lesson' or a smaller n_epochs, or go on in a second session"
+            text += f"; the Kaggle session has {rest} left{advice * (left > rest)}"
         if left > datetime.timedelta(minutes=1):
             say(text)
 
@@ -1838,22 +1739,22 @@ def fit(student, train_loader, valid_loader, cfg, teacher=None, folder=None, fac
     """Train any net as `cfg` says and return the history: a list of rows, one an epoch.
 
     The loaders are BatchLoaders or the course's DataLoaders (valid_loader None: no validation, the last epoch's net is
-    the best); the net is on its device. With a folder it writes
-    student_best.ckpt (a plain fp32 state dict of the net with the best validation accuracy), last.ckpt, log.csv and
-    config.json after every epoch, and goes on from last.ckpt where one is there, exactly as if it had not stopped.
+    the best); the net is on its device. With a folder it writes student_best.ckpt (a plain fp32 state dict of the net
+    with the best validation accuracy), last.ckpt, log.csv and config.json after every epoch, and goes on from last.ckpt
+    where one is there, exactly as if it had not stopped.
     facts: what `identity` returns; it must be the same for going on. fresh=True starts again.
     The student ends with its best weights: also where the time limit, or a notebook's stop button, ends it early.
     Raises UserError where the folder's run has other settings or another process works there, where a loss is not
     finite, where memory does not suffice, or where it is handed evaluation images.
     """
-    for loader in filter(None, (train_loader, valid_loader)):
-        refuse_evaluation(loader)
+    refuse_evaluation(train_loader)
+    refuse_evaluation(valid_loader)
     if cfg.teacher_views and not isinstance(train_loader, BatchLoader):
         raise UserError("teacher_views wants a BatchLoader: a DataLoader's views cannot be replayed")
     device = next(student.parameters()).device
     loss_fn = DistillLoss(cfg, student, teacher, amp_dtype(device, cfg.amp))
     loss_fn.to(device, memory_format=torch.channels_last)
-    with locked(folder) if folder else contextlib.nullcontext(), out_of_memory_named(cfg):
+    with locked(folder), out_of_memory_named(cfg):
         state, facts = TrainState(loss_fn, cfg, device), all_facts(cfg, student, facts)
         if folder and fresh:
             for name in RUN_FILES:
@@ -1865,10 +1766,13 @@ def fit(student, train_loader, valid_loader, cfg, teacher=None, folder=None, fac
             say(describe_run(cfg, train_loader))
         views = TeacherViews(cfg, train_loader, state_checksum(teacher), loss_fn.dtype) if (
             cfg.teacher_views and cfg.needs_teacher) else None
-        if folder:
-            save_run(state, folder, facts, starting=True, last=not is_finished(state.history, cfg))
-        with stop_button(cfg, state):
+        save_run(state, folder, facts, starting=True, last=not is_finished(state.history, cfg))
+        try:
             train_epochs(state, train_loader, valid_loader, cfg, views, folder, facts)
+        except KeyboardInterrupt:  # a notebook's stop button ends the training, not the cell
+            if not in_notebook():
+                raise
+            say(f"{cfg.exp_name}: stopped after epoch {len(state.history)}, best student kept; run the cell to go on")
         student.load_state_dict(state.best)
     return state.history
 
@@ -1895,20 +1799,7 @@ def train_epochs(state, train_loader, valid_loader, cfg, views, folder, facts):
                 state.best = _copy_of(state.deployed)
             state.history.append({"epoch": epoch + 1, **row, "seconds": time.perf_counter() - start})
             display.on_epoch(state.history[-1], state.stopper.best)
-            if folder:
-                save_run(state, folder, facts)
-
-
-@contextlib.contextmanager
-def stop_button(cfg, state):
-    """In a notebook an interrupted training ends its block instead of raising; the command line stops as usual."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if not in_notebook():
-            raise
-        say(f"{cfg.exp_name}: stopped after epoch {len(state.history)}; the best student so far is kept, and running "
-            "the cell again goes on from there")
+            save_run(state, folder, facts)
 
 
 @contextlib.contextmanager
@@ -1916,9 +1807,8 @@ def out_of_memory_named(cfg):
     """Memory that does not suffice becomes a UserError that names the settings to change."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search(
-                "out of memory|allocate memory|not enough memory|ALLOC_FAILED|bad_alloc", str(error)):
+    except (MemoryError, RuntimeError) as error:  # torch raises RuntimeErrors of many wordings
+        if not re.search("MemoryError|out of memory|allocate memory|enough memory|ALLOC_FAILED|bad_alloc", repr(error)):
             raise
         traceback.clear_frames(error.__traceback__)  # a notebook would keep them, and with them the memory
         raise UserError(f"{cfg.exp_name}: out of memory with batch_size={cfg.batch_size}, image_size={cfg.image_size}: "
@@ -1932,18 +1822,17 @@ def _copy_of(model):
 
 
 def save_run(state, folder, facts, starting=False, last=True):
-    """Write a run's files, from the first process only. last.ckpt alone holds all that the others are made of.
+    """Write a run's files, if it has a folder, from the first process. last.ckpt holds all that the others are made of.
 
     The last.ckpt of the save before is kept as previous.ckpt. starting=True writes again what a kill or a user may
     have harmed. last=False leaves last.ckpt as it is, if it is there.
     """
-    if rank_and_world()[0] == 0:
+    if folder and rank_and_world()[0] == 0:
         folder = Path(folder)
         write_text(folder / "config.json", json.dumps(facts, indent=1) + "\n")
         if starting or state.improved or not (folder / "student_best.ckpt").is_file():
             save_checkpoint(state.best, folder / "student_best.ckpt")
-        with written_whole(folder / "log.csv") as temporary:
-            pd.DataFrame(state.history, columns=HISTORY_COLUMNS).to_csv(temporary, index=False)
+        write_text(folder / "log.csv", pd.DataFrame(state.history, columns=HISTORY_COLUMNS).to_csv(index=False))
         if last or not (folder / RUN_FILES[0]).is_file():
             save_checkpoint({"facts": json.dumps(facts), **state.state_dict()}, folder / RUN_FILES[0], RUN_FILES[1])
     _collective("barrier")
@@ -1951,11 +1840,8 @@ def save_run(state, folder, facts, starting=False, last=True):
 
 def go_on(state, cfg, folder, facts):
     """Bring `state` to where the folder's run stopped, if there is one; on Kaggle to where an input's did, if later."""
-    saved, place = saved_run(cfg, folder, facts), folder
-    if on_kaggle():
-        earlier = attached_run(cfg, folder, facts)
-        if earlier and (saved is None or len(earlier[0]["history"]) > len(saved["history"])):
-            saved, place = earlier
+    runs = [(saved_run(cfg, folder, facts), folder), *attached_runs(cfg, folder, facts)]
+    saved, place = max(runs, key=lambda run: len(run[0]["history"]) if run[0] else -1)
     if saved:
         try:
             state.load_state_dict(saved)
@@ -1966,19 +1852,17 @@ def go_on(state, cfg, folder, facts):
         say(f"{cfg.exp_name}: {'finished before, loaded' if finished else f'goes on after epoch {n}'} from {place}")
 
 
-def attached_run(cfg, folder, facts):
-    """(checkpoint, its folder) of the longest run of the same stage in a Kaggle input; None without one.
+def attached_runs(cfg, folder, facts):
+    """Yield (checkpoint, its folder) of each run of the same stage in a Kaggle input; nothing elsewhere.
 
     An earlier session's output, attached as an input, is found so. A run with other settings is ignored, and said.
     """
     name = Path(folder).relative_to(default_out()) if Path(folder).is_relative_to(default_out()) else Path(cfg.exp_name)
-    found = []
     for path in sorted((kaggle_root() / "input").glob(f"**/{name}/{RUN_FILES[0]}")):
         try:
-            found.append((saved_run(cfg, path.parent, facts), path.parent))
+            yield saved_run(cfg, path.parent, facts), path.parent
         except UserError as error:
             say(f"ignored: {error}")
-    return max(found, key=lambda pair: len(pair[0]["history"]), default=None)
 
 
 def all_facts(cfg, student, facts=None):
@@ -2014,28 +1898,25 @@ def read_run(folder):
     """What last.ckpt of a folder holds, or previous.ckpt where that is damaged or missing; None without either.
 
     "facts" are parsed. A damaged last.ckpt is put aside, so that the next save cannot keep it as its predecessor.
+    Raises UserError where files are there and none is whole.
     """
-    damaged = []
-    for path in (Path(folder) / name for name in RUN_FILES):
-        if not path.is_file():
-            continue
+    wrong = {}  # {damaged file: what is wrong with it}
+    for path in filter(Path.is_file, (Path(folder) / name for name in RUN_FILES)):
         try:
             saved = load_file(path)
-            facts = json.loads(saved["facts"])
-            if not (isinstance(facts["config"], dict) and all("valid_acc" in row for row in saved["history"])):
-                raise KeyError("config")
-        except UserError as error:
-            damaged.append((path, str(error)))
-        except (KeyError, TypeError, ValueError):
-            damaged.append((path, f"{path} is no run of this program"))
-        else:
-            if damaged:
-                say(f"WARNING: {damaged[0][1]}; going on from {path.name}, the save before it")
-                with contextlib.suppress(OSError):
-                    os.replace(damaged[0][0], damaged[0][0].with_name("damaged.ckpt"))
-            return saved | {"facts": facts}
-    if damaged:
-        raise UserError(f"{damaged[0][1]}; --fresh starts the run again")
+            saved["facts"] = json.loads(saved["facts"])
+            dict(saved["facts"]["config"])
+            stopper_of(saved["history"], 1)  # reads each row, as all that follows does
+        except (KeyError, TypeError, ValueError) as error:
+            wrong[path] = str(error) if isinstance(error, UserError) else f"{path} is no run of this program"
+            continue
+        for damaged, why in wrong.items():
+            say(f"WARNING: {why}; going on from {path.name}, the save before it")
+            with contextlib.suppress(OSError):
+                os.replace(damaged, damaged.with_name("damaged.ckpt"))
+        return saved
+    if wrong:
+        raise UserError(f"{next(iter(wrong.values()))}; --fresh starts the run again")
     return None
 
 
@@ -2057,7 +1938,6 @@ class TeacherViews:
         self.path = cache_root() / f"teacher-{key.decode()}.logits"
         size = len(key) + 4 * math.prod(shape)
         if not self.path.is_file() and rank_and_world()[0] == 0:
-            check_space(self.path, size)
             with written_whole(self.path) as temporary, open(temporary, "wb") as file:
                 file.write(key)
                 for _ in range(shape[0]):
@@ -2099,10 +1979,6 @@ class Run:
     def name(self):
         return self.cfg.exp_name
 
-    @property
-    def valid_se(self):
-        return standard_error(self.valid_acc, self.n_valid)
-
     def student(self, device="cpu"):
         """The best net of this run, in eval mode."""
         return load_student(self.folder / "student_best.ckpt", device)[0]
@@ -2110,13 +1986,12 @@ class Run:
 
 def load_student(path, device="cpu"):
     """(student in eval mode, its Config) from a student_best.ckpt with its config.json beside it."""
-    path = Path(path)
-    state = load_weights(path)
+    state, facts = load_weights(path), read_facts(path)
     try:
-        cfg = Config(**read_facts(path)["config"])
+        cfg = Config(**facts["config"])
         student = build_student(cfg)
         student.load_state_dict(state)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{path} does not go with a config.json beside it ({str(error).splitlines()[0]})") from None
     return freeze(student).to(device), cfg
 
@@ -2138,14 +2013,12 @@ def build_loaders(cfg, data, device):
 
 def describe_run(cfg, loader):
     """One line at the start of a stage: device, precision, processes, and where the decoded images lie."""
-    device = loader.device
+    device, split, world = loader.device, loader.split, rank_and_world()[1]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     dtype = str(amp_dtype(device, cfg.amp) or torch.float32).removeprefix("torch.")
-    world = rank_and_world()[1]
-    place = "moved onto the GPU" if loader.images.is_cuda else "read from there"
-    return (f"{cfg.exp_name}: {loader.split.origin}; {device.type} ({name}), {dtype}"
-            f"{f', {world} processes' if world > 1 else ''}; {len(loader.split):,} images, "
-            f"{loader.split.images.nbytes / 1e9:.2f} GB in {loader.split.cache}, {place}")
+    return (f"{cfg.exp_name}: {split.origin}; {device.type} ({name}), {dtype}{f', {world} processes' * (world > 1)}; "
+            f"{len(split):,} images, {split.images.nbytes / 1e9:.2f} GB in {split.cache}"
+            f"{', moved onto the GPU' * loader.images.is_cuda}")
 
 
 def stage_folder(cfg, data, out=None):
@@ -2160,18 +2033,18 @@ def identity(data, teacher=None):
             "teacher": state_checksum(teacher) if teacher is not None else None}
 
 
-def checked_student(cfg, teacher, device, folder, facts):
-    """The stage's student on `device`, after all that can be known to be wrong before anything is decoded or trained.
+def checked_stage(cfg, data, teacher, out, fresh, device):
+    """(student on `device`, folder, facts) of a stage: all that can be wrong is said before anything is decoded.
 
     Raises UserError for a student above the limit, a loss that does not fit the teacher, or a folder with a run of
-    other settings (folder None: it will be started again).
+    other settings (unless it is started again).
     """
-    student = build_student(cfg).to(device)
+    student, folder, facts = build_student(cfg).to(device), stage_folder(cfg, data, out), identity(data, teacher)
     check_budget(student)
     DistillLoss(cfg, student, teacher)
-    if folder:
+    if not fresh:
         saved_run(cfg, folder, all_facts(cfg, student, facts))
-    return student
+    return student, folder, facts
 
 
 def run_stage(cfg, data, teacher=None, out=None, fresh=False, device=None):
@@ -2180,8 +2053,7 @@ def run_stage(cfg, data, teacher=None, out=None, fresh=False, device=None):
     The parameter limit is checked before anything is decoded or trained; the teacher is checksummed before and after.
     """
     device, teacher = device or pick_device(), teacher if cfg.needs_teacher else None
-    folder, facts = stage_folder(cfg, data, out), identity(data, teacher)
-    student = checked_student(cfg, teacher, device, None if fresh else folder, facts)
+    student, folder, facts = checked_stage(cfg, data, teacher, out, fresh, device)
     train, valid = build_loaders(cfg, data, device)
     history = fit(student, train, valid, cfg, teacher, folder, facts, fresh)
     if identity(data, teacher) != facts:
@@ -2227,15 +2099,13 @@ def run(data, stages=tuple(STAGES), teacher=None, out=None, fresh=False, length=
     check_writable(out)
     teacher = find_teacher(data, teacher, out, device, fresh) if any(cfg.needs_teacher for cfg in configs) else None
     possible = [cfg for cfg in configs if teacher is not None or not cfg.needs_teacher]
-    for cfg in configs:
-        if cfg not in possible:
-            say(f"{cfg.exp_name}: left out, for it needs a teacher: no {TEACHER_FILE} in {data.root} (see --teacher)")
     if not possible:
         raise UserError(f"no stage could run without a teacher: put {TEACHER_FILE} into {data.root} or use --teacher")
-    facts = {needs: identity(data, teacher if needs else None) for needs in (True, False)}
-    for cfg in possible:  # what is wrong with a later stage is said before the first one trains
-        folder = None if fresh else stage_folder(cfg, data, out)
-        checked_student(cfg, teacher if cfg.needs_teacher else None, device, folder, facts[cfg.needs_teacher])
+    for cfg in configs:  # what is wrong with a later stage is said before the first one trains
+        if cfg in possible:
+            checked_stage(cfg, data, teacher if cfg.needs_teacher else None, out, fresh, device)
+        else:
+            say(f"{cfg.exp_name}: left out, for it needs a teacher: no {TEACHER_FILE} in {data.root} (see --teacher)")
     with locked(out):
         runs = []
         for cfg in possible:
@@ -2245,8 +2115,7 @@ def run(data, stages=tuple(STAGES), teacher=None, out=None, fresh=False, length=
                 break
         write_best(runs, data, out)
         if final:
-            best = max(runs, key=lambda run: run.valid_acc)
-            final_fit(best, data, teacher, out, fresh, final == "submit")
+            final_fit(max(runs, key=lambda run: run.valid_acc), data, teacher, out, fresh, final == "submit")
     return runs
 
 
@@ -2255,7 +2124,7 @@ def with_validation(data):
     def both(rows):
         return rows | {"training": rows["training"] + rows["validation"]}
 
-    return dataclasses.replace(data, **{name: both(getattr(data, name)) for name in ("files", "labels", "ids")})
+    return replace(data, files=both(data.files), labels=both(data.labels), ids=both(data.ids))
 
 
 def final_fit(validated, data, teacher=None, out=None, fresh=False, submit_it=False):
@@ -2268,26 +2137,23 @@ def final_fit(validated, data, teacher=None, out=None, fresh=False, submit_it=Fa
         say(f"{validated.name}: no final fit, for it has no epoch yet")
         return None
     best_epoch = int(validated.history["valid_acc"].argmax()) + 1
-    cfg = dataclasses.replace(validated.cfg, exp_name=f"{validated.name}_final", patience=best_epoch)
-    device, everything = pick_device(), with_validation(data)
-    teacher = teacher if cfg.needs_teacher else None
-    folder, facts = stage_folder(cfg, data, out), identity(everything, teacher) | {"final": True}
-    student = checked_student(cfg, teacher, device, None, facts)
+    cfg = replace(validated.cfg, exp_name=f"{validated.name}_final", patience=best_epoch)
+    device, everything, teacher = pick_device(), with_validation(data), teacher if cfg.needs_teacher else None
+    student, folder, facts = checked_stage(cfg, everything, teacher, out, True, device)
+    facts["final"] = True
     try:
         saved_run(cfg, folder, all_facts(cfg, student, facts))
     except UserError as error:  # the validated stage has moved on since
         say(f"{cfg.exp_name}: started again, for {error}")
         fresh = True
-    train = BatchLoader(load_data(everything, "training", "whole" if cfg.crop_scale else "eval", cfg.image_size), cfg,
-                        device, train=True)
+    train = build_loaders(cfg, everything, device)[0]
     if not is_finished(fit(student, train, None, cfg, teacher, folder, facts, fresh), cfg):
         say(f"{cfg.exp_name}: not finished, so no CSV is written; the same call goes on")
         return None
     path = folder.with_suffix(".csv")
     submit(student, data, cfg, path, device)
-    score = plus_minus(validated.valid_acc, validated.n_valid)
-    say(f"{cfg.exp_name}: repeats {validated.name} (validated {score}) for {best_epoch} epochs on "
-        f"{len(train.split):,} images; it has no validation score of its own")
+    say(f"{cfg.exp_name}: repeats {validated.name} (validated {plus_minus(validated.valid_acc, validated.n_valid)}) "
+        f"for {best_epoch} epochs on {len(train.split):,} images; it has no validation score of its own")
     if submit_it:
         copy_submission(path, data, out, f"the final fit of {validated.name}, as asked")
     return path
@@ -2320,7 +2186,7 @@ def stage_table(runs):
     """A DataFrame with a row a stage: parameters, multiply-adds, validation accuracy +- standard error, time, file."""
     return pd.DataFrame([{
         "stage": run.name, "parameters": run.n_params, "multiply-adds (M)": round(run.macs / 1e6, 1),
-        "validation accuracy": round(run.valid_acc, 4), "+- s.e.": round(run.valid_se, 4),
+        "validation accuracy": round(run.valid_acc, 4), "+- s.e.": round(standard_error(run.valid_acc, run.n_valid), 4),
         "epochs": len(run.history), "seconds": round(run.history["seconds"].sum()), "file": str(run.csv),
     } for run in runs]).set_index("stage")
 
@@ -2344,9 +2210,8 @@ def train_teacher(data, out=None, cfg=None, fresh=False):
     the way on for who has a public copy of Food-11, which holds no teacher file.
     """
     settings = (DEMO_TEACHER_SETTINGS if data.is_demo else {}) | ({"n_epochs": 1} if is_fast() else {})
-    cfg = cfg or dataclasses.replace(TEACHER_CONFIG, **settings)
-    device = pick_device()
-    folder = stage_folder(cfg, data, out)
+    cfg = cfg or replace(TEACHER_CONFIG, **settings)
+    device, folder = pick_device(), stage_folder(cfg, data, out)
     train, valid = build_loaders(cfg, data, device)
     history = fit(build_student(cfg).to(device), train, valid, cfg, None, folder, identity(data), fresh)
     if not is_finished(history, cfg):
@@ -2373,28 +2238,22 @@ TTA_SCALES = (1.0, 0.75)
 def centre_crops(aspects, scale):
     """The Affine of the central square of `scale` times a picture's shorter side, in the `whole` view; aspects (N,)."""
     wide, high = (scale * (aspects ** sign).clamp(max=1) for sign in (-1, 1))
-    nothing = torch.zeros(len(aspects))
-    return Affine(_matrix(wide, nothing, nothing, high)[:, :2].float(), ())
+    return Affine(_matrix(wide, 0, 0, high)[:, :2].float(), ())
 
 
 def tta_probabilities(student, exact, whole, scales=TTA_SCALES):
     """Mean class probabilities (N, 11) over the exact evaluation view, other scales of it, and all their mirror images.
 
-    exact and whole: BatchLoaders of the `eval` and of the `whole` view of one split. Nothing is drawn.
+    exact and whole: BatchLoaders of the `eval` and of the `whole` view of one split, in equal batches. Nothing is
+    drawn.
     """
-    def crops(scale):
-        affine = centre_crops(whole.split.aspects, scale)
-        for batch in whole:
-            theta = affine.theta[batch.rows].to(batch.images.device)
-            yield Batch(warp(batch.images, Affine(theta, ()), whole.cfg.image_size), batch.labels)
-
-    def mirrored(batches):
-        return (Batch(batch.images.flip(3), batch.labels) for batch in batches)
-
-    views = [exact, mirrored(exact)]
-    for scale in scales:
-        views += [crops(scale), mirrored(crops(scale))]
-    return sum(F.softmax(predict_logits(student, view)[0], 1) for view in views) / len(views)
+    crops, parts = [centre_crops(whole.split.aspects, scale).theta.to(whole.device) for scale in scales], []
+    with evaluation_mode(student):
+        for batch, full in zip(exact, whole, strict=True):
+            cut = [warp(full.images, Affine(theta[full.rows], ()), whole.cfg.image_size) for theta in crops]
+            views = [view for images in (batch.images, *cut) for view in (images, images.flip(3))]
+            parts.append(sum(F.softmax(student(view).float(), 1) for view in views).cpu() / len(views))
+    return torch.cat(parts)
 
 
 def predict(student, split, cfg, device="cpu", whole=None):
@@ -2413,9 +2272,7 @@ def predict(student, split, cfg, device="cpu", whole=None):
 
 def write_submission(path, ids, classes):
     """Write the CSV Id,Category, a row an image in the given order, whole or not at all."""
-    frame = pd.DataFrame({"Id": list(ids), "Category": [int(k) for k in classes]})
-    with written_whole(path) as temporary:
-        frame.to_csv(temporary, index=False)
+    write_text(path, pd.DataFrame({"Id": list(ids), "Category": [int(k) for k in classes]}).to_csv(index=False))
 
 
 def validate_submission(path, ids):
@@ -2427,35 +2284,33 @@ def validate_submission(path, ids):
     if not path.is_file():
         raise UserError(f"there is no file {path}")
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.reader(file))
+        rows = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} is no text in UTF-8 with commas ({error})") from None
     if not rows or rows[0] != ["Id", "Category"]:
         raise UserError(f"{path}, row 1: the header is {','.join(rows[0]) if rows else 'missing'}, not Id,Category")
-    if len(rows) - 1 != (ids if isinstance(ids, int) else len(ids)):
-        raise UserError(f"{path}: {len(rows) - 1} rows, wanted are {ids if isinstance(ids, int) else len(ids)}")
-    ids, seen = [f"{i:04d}" for i in range(ids)] if isinstance(ids, int) else ids, set()
+    n = ids if isinstance(ids, int) else len(ids)
+    if len(rows) - 1 != n:
+        raise UserError(f"{path}: {len(rows) - 1} rows, wanted are {n}")
+    ids = [f"{i:04d}" for i in range(n)] if isinstance(ids, int) else ids
     for number, (row, wanted) in enumerate(zip(rows[1:], ids, strict=True), 2):
-        name, category = row if len(row) == 2 else (None, None)
+        name = row[0] if row else ""
         wrong = (
-            f"{len(row)} columns, wanted are 2" if name is None else
-            f"the id {name!r} is there twice" if name in seen else
+            f"{len(row)} columns, wanted are 2" if len(row) != 2 else
+            f"the class is {row[1]!r}, allowed are 0 to {NUM_CLASSES - 1}" if not re.fullmatch("[0-9]|10", row[1]) else
+            None if name == wanted else
+            f"the id {name!r} is there twice" if name in ids[:number - 2] else
             f"the id {name!r} is not written like {wanted!r}" if len(name) != len(wanted) else
-            f"the id is {name!r}, wanted in this order is {wanted!r}" if name != wanted else
-            f"the class is {category!r}, allowed are 0 to {NUM_CLASSES - 1}" if not re.fullmatch(r"[0-9]|10", category)
-            else None)
+            f"the id is {name!r}, wanted in this order is {wanted!r}")
         if wrong:
             raise UserError(f"{path}, row {number}: {wrong}")
-        seen.add(name)
-    return len(ids)
+    return n
 
 
 def download_link(path):
     """A link for the notebook, from which the browser downloads a file."""
     from IPython.display import HTML
-    relative = os.path.relpath(path)
-    return HTML(f'<a href="{relative}" download>Download {relative}</a>')
+    return HTML(f'<a href="{os.path.relpath(path)}" download>Download {os.path.relpath(path)}</a>')
 
 
 # =====================================================================================================================
@@ -2469,8 +2324,7 @@ STAGE_STYLES = {"simple": ("#E69F00", "o"), "medium": ("#56B4E9", "s"), "strong"
 
 def stage_style(name):
     """{"color", "marker"} of a stage, grey for an unknown one."""
-    color, marker = STAGE_STYLES.get(name, ("#777777", "x"))
-    return {"color": color, "marker": marker}
+    return dict(zip(("color", "marker"), STAGE_STYLES.get(name, ("#777777", "x")), strict=True))
 
 
 def _figure(title, rows=1, columns=1, width=8.0, height=3.2):
@@ -2491,37 +2345,42 @@ def _picture(axes, image, title=""):
     axes.axis("off")
 
 
+def _grid(title, cells, rows, columns, width, height):
+    """A figure of pictures, row by row: cells are (image, title); places without a cell stay empty."""
+    figure, axes = _figure(title, rows, columns, width, height)
+    for ax, cell in itertools.zip_longest(axes.flat, cells, fillvalue=()):
+        ax.axis("off")
+        if cell:
+            _picture(ax, *cell)
+    return figure
+
+
 def plot_samples(split, per_class=2):
     """A few images of each class, a column a class."""
-    figure, axes = _figure(f"{split.name} images by class: {split.origin}", per_class, NUM_CLASSES, 11, 1 + per_class)
-    for k in range(NUM_CLASSES):
-        rows = (split.labels == k).nonzero()[:, 0].tolist()
-        for i in range(per_class):
-            if i < len(rows):
-                _picture(axes[i, k], split.images[rows[i]], CLASS_NAMES[k] if i == 0 else "")
-            axes[i, k].axis("off")
-    return figure
+    columns = [(split.labels == k).nonzero()[:per_class, 0].tolist() for k in range(NUM_CLASSES)]
+    cells = [(split.images[rows[i]], CLASS_NAMES[k] * (i == 0)) if i < len(rows) else ()
+             for i in range(per_class) for k, rows in enumerate(columns)]
+    title = f"{split.name} images by class: {split.origin}"
+    return _grid(title, cells, per_class, NUM_CLASSES, 11, 1 + per_class)
 
 
 def plot_views(loader, n_images=3, n_views=6):
     """What training sees: each row one picture in several epochs of a training BatchLoader."""
-    figure, axes = _figure(f"the training views of {loader.cfg.exp_name}: {loader.split.origin}", n_images, n_views, 9,
-                           1.5 * n_images)
-    rows = torch.linspace(0, len(loader.split) - 1, n_images).long()
+    rows, columns = torch.linspace(0, len(loader.split) - 1, n_images).long(), []
     for epoch in range(n_views):
         loader.set_epoch(epoch)
-        for i, image in enumerate(loader.views_of(rows)):
-            _picture(axes[i, epoch], image, f"epoch {epoch + 1}" if i == 0 else "")
-    return figure
+        columns.append([(image, f"epoch {epoch + 1}" * (i == 0)) for i, image in enumerate(loader.views_of(rows))])
+    title, cells = f"the training views of {loader.cfg.exp_name}: {loader.split.origin}", zip(*columns, strict=True)
+    return _grid(title, itertools.chain(*cells), n_images, n_views, 9, 1.5 * n_images)
 
 
 def plot_throughput(rates, origin):
     """Bars of images a second: {loader's name: rate}."""
-    figure, axes = _figure(f"images a second, each loader alone: {origin}", height=0.7 + 0.5 * len(rates))
-    bars = axes[0, 0].barh(list(rates), list(rates.values()), color="#56B4E9", edgecolor="black")
-    axes[0, 0].bar_label(bars, fmt="{:,.0f}", padding=3)
-    axes[0, 0].invert_yaxis()
-    axes[0, 0].margins(x=0.12)
+    figure, ((ax,),) = _figure(f"images a second, each loader alone: {origin}", height=0.7 + 0.5 * len(rates))
+    bars = ax.barh(list(rates), list(rates.values()), color="#56B4E9", edgecolor="black")
+    ax.bar_label(bars, fmt="{:,.0f}", padding=3)
+    ax.invert_yaxis()
+    ax.margins(x=0.12)
     return figure
 
 
@@ -2531,8 +2390,7 @@ def plot_soft_labels(logits, image, temperatures, origin):
     _picture(axes[0, 0], image)
     for i, (t, ax) in enumerate(zip(temperatures, axes[0, 1:], strict=True)):
         ax.barh(CLASS_NAMES, soft_labels(logits, t).tolist(), color="#009E73", edgecolor="black")
-        ax.set_xlim(0, 1)
-        ax.set_title(f"T = {t:g}", fontsize=9)
+        ax.set(xlim=(0, 1), title=f"T = {t:g}")
         ax.invert_yaxis()
         ax.tick_params(labelsize=8, labelleft=i == 0)
     return figure
@@ -2540,12 +2398,12 @@ def plot_soft_labels(logits, image, temperatures, origin):
 
 def dwpw_arithmetic(in_channels=128, out_channels=256, kernel_size=3, size=14):
     """A DataFrame: weights and multiply-adds of a full convolution against depthwise + pointwise."""
-    full = in_channels * out_channels * kernel_size**2
     depthwise, pointwise = in_channels * kernel_size**2, in_channels * out_channels
-    rows = {"full convolution": full, "depthwise": depthwise, "pointwise": pointwise,
-            "depthwise + pointwise": depthwise + pointwise}
-    return pd.DataFrame([{"": name, "weights": n, "multiply-adds (M)": round(n * size**2 / 1e6, 2),
-                          "share of full": round(n / full, 3)} for name, n in rows.items()]).set_index("")
+    frame = pd.DataFrame({"weights": {"full convolution": pointwise * kernel_size**2, "depthwise": depthwise,
+                                      "pointwise": pointwise, "depthwise + pointwise": depthwise + pointwise}})
+    frame["multiply-adds (M)"] = (frame["weights"] * size**2 / 1e6).round(2)
+    frame["share of full"] = (frame["weights"] / frame["weights"].iloc[0]).round(3)
+    return frame
 
 
 def plot_history(runs, published=None):
@@ -2572,8 +2430,7 @@ def plot_confusion(labels, classes, origin):
     """The confusion matrix as shares of each true class, with counts."""
     counts = confusion_matrix(labels, classes)
     share = counts / counts.sum(1, keepdim=True).clamp(min=1)
-    figure, axes = _figure(f"confusion matrix, validation: {origin}", width=7, height=6)
-    ax = axes[0, 0]
+    figure, ((ax,),) = _figure(f"confusion matrix, validation: {origin}", width=7, height=6)
     ax.imshow(share.numpy(), cmap="cividis", vmin=0, vmax=1)
     for i, j in itertools.product(range(NUM_CLASSES), repeat=2):
         if counts[i, j]:
@@ -2587,29 +2444,22 @@ def plot_confusion(labels, classes, origin):
 
 def plot_by_class(labels, predictions, origin):
     """Accuracy by class of several nets: {name: predicted classes (N,)}."""
-    figure, axes = _figure(f"validation accuracy by class: {origin}", width=9, height=3.6)
-    width = 0.8 / len(predictions)
-    for i, (name, classes) in enumerate(predictions.items()):
-        counts = confusion_matrix(labels, classes)
-        accuracy = (counts.diagonal() / counts.sum(1).clamp(min=1)).tolist()
-        places = [k + (i - (len(predictions) - 1) / 2) * width for k in range(NUM_CLASSES)]
-        axes[0, 0].bar(places, accuracy, width, label=name, color=stage_style(name)["color"], edgecolor="black")
-    axes[0, 0].set_xticks(range(NUM_CLASSES), CLASS_NAMES, rotation=30, ha="right", fontsize=8)
-    axes[0, 0].set_ylim(0, 1)
-    axes[0, 0].legend(fontsize=8, ncols=len(predictions), loc="lower center")
+    figure, ((ax,),) = _figure(f"validation accuracy by class: {origin}", width=9, height=3.6)
+    counts = {name: confusion_matrix(labels, classes) for name, classes in predictions.items()}
+    accuracy = {name: (c.diagonal() / c.sum(1).clamp(min=1)).tolist() for name, c in counts.items()}
+    colors = [stage_style(name)["color"] for name in accuracy]
+    pd.DataFrame(accuracy, CLASS_NAMES).plot.bar(ax=ax, width=0.8, color=colors, edgecolor="black", ylim=(0, 1))
+    ax.set_xticks(range(NUM_CLASSES), CLASS_NAMES, rotation=30, ha="right", fontsize=8)
+    ax.legend(fontsize=8, ncols=len(predictions), loc="lower center")
     return figure
 
 
 def plot_mistakes(split, classes, n=12):
     """A grid of images that were classified wrongly, with the true and the predicted class."""
-    wrong = (classes != split.labels).nonzero()[:, 0].tolist()
-    figure, axes = _figure(f"{len(wrong)} mistakes on {len(split)} {split.name} images (the first {min(n, len(wrong))}"
-                           f"): {split.origin}", -(-n // 6), 6, 10, 2 * -(-n // 6))
-    for ax in axes.flat:
-        ax.axis("off")
-    for ax, i in zip(axes.flat, wrong[:n], strict=False):
-        _picture(ax, split.images[i], f"{CLASS_NAMES[split.labels[i]]}\nnot {CLASS_NAMES[classes[i]]}")
-    return figure
+    wrong, rows = (classes != split.labels).nonzero()[:, 0].tolist(), math.ceil(n / 6)
+    title = f"{len(wrong)} mistakes on {len(split)} {split.name} images (first {min(n, len(wrong))}): {split.origin}"
+    cells = [(split.images[i], f"{CLASS_NAMES[split.labels[i]]}\nnot {CLASS_NAMES[classes[i]]}") for i in wrong[:n]]
+    return _grid(title, cells, rows, 6, 10, 2 * rows)
 
 
 # =====================================================================================================================
@@ -2629,18 +2479,14 @@ def export_notebook(folder=None):
     source = folder / NOTEBOOK
     if not source.is_file():
         raise UserError(f"there is no file {source} to export")
-    try:
-        notebook = json.loads(source.read_text(encoding="utf-8"))
-        cells = notebook["cells"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{source} is no notebook ({type(error).__name__})") from None
+    notebook = json.loads(source.read_text(encoding="utf-8"))
     text = "%%writefile helpers.py\n" + Path(__file__).read_text(encoding="utf-8")
     cell = {"cell_type": "code", "execution_count": None, "id": "helpers", "metadata": {"jupyter": {
         "source_hidden": True}}, "outputs": [], "source": text.splitlines(keepends=True)}
-    for other in cells:
+    for other in notebook["cells"]:
         if other["cell_type"] == "code":
             other |= {"outputs": [], "execution_count": None}
-    cells.insert(1, cell)
+    notebook["cells"].insert(1, cell)
     path = folder / KAGGLE_NOTEBOOK
     write_text(path, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
     return path
@@ -2671,8 +2517,7 @@ def build_parser():
     add("--teacher", metavar="FILE", help=f"teacher checkpoint (default: {TEACHER_FILE} of the data)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a config key")
     add("--length", default="full", choices=list(LENGTHS), help="share of each stage's epochs")
-    add("--final", choices=["csv", "submit"], help="then repeat the best stage on training + validation images, into a "
-        "CSV of its own, or also into submission.csv")
+    add("--final", choices=["csv", "submit"], help="repeat the best stage on all labelled images; or also submit that")
     add("--fresh", action="store_true", help="start again where a run is there already")
     for name, function, help in (("evaluate", _evaluate_command, "validation accuracy of a checkpoint"),
                                  ("predict", _predict_command, "write the CSV of a checkpoint")):
@@ -2696,8 +2541,6 @@ def _run_command(args):
         get_config(stage, args.length, **settings)
     if not stages:
         raise UserError(f"--stages names no stage; they are {', '.join(STAGES)}")
-    if args.teacher:
-        load_teacher(args.teacher)  # a wrong file is said first
     if args.demo and args.data:
         raise UserError("--demo draws its own data: leave out --data")
     with data_parallel():
@@ -2752,8 +2595,7 @@ def main(argv=None):
         args.function(args)
         return 0
     except (UserError, OSError, UnicodeError, MemoryError, torch.OutOfMemoryError) as error:
-        out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        text = "out of memory: choose a smaller batch_size or image_size" if out_of_memory else str(error)
+        text = str(error) or "out of memory: choose a smaller batch_size or image_size"  # MemoryError says nothing
         print(f"helpers.py: {' '.join(text.split())}", file=sys.stderr, flush=True)
         if rank_and_world()[1] > 1:
             os._exit(2)  # at once, without waiting for the other processes: torchrun ends them

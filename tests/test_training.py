@@ -391,3 +391,16 @@ def test_demo_results_never_meet_a_real_runs(food, tmp_path):
     (run,) = h.run(demo, ["simple"], out=tmp_path, n_epochs=1)
     assert run.folder == tmp_path / "demo/simple" and run.cfg.image_size == 64
     assert (tmp_path / "submission_demo.csv").exists() and not (tmp_path / "submission.csv").exists()
+
+
+def test_the_pace_names_the_end_and_what_to_change_where_a_kaggle_session_is_too_short(monkeypatch, tmp_path, capsys):
+    (tmp_path / "working").mkdir()
+    monkeypatch.setenv("HW13_KAGGLE", str(tmp_path))
+    for n_epochs, short in ((10, False), (600, True)):
+        display = h.RunDisplay(h.Config(n_epochs=n_epochs), 1000, 0, -1.0)
+        display.bar.update(1000)
+        display.tell_pace(100.0)
+        display.bar.close()
+        out = capsys.readouterr().out
+        assert "10 images/s" in out and "ends about" in out and "session has" in out
+        assert ("choose LENGTH = 'lesson'" in out) == short
