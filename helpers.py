@@ -198,7 +198,7 @@ def parse_setting(text):
 
 
 # Simple and Medium keep their published values, poor or not, because each one teaches a step. Strong and Boss keep
-# what they teach, on the best legal student that was found; Beyond is the best recipe (tests/bench/RESULTS.md).
+# what they teach, on the best legal student that was found (tests/bench/RESULTS.md); Beyond asks the teacher alone.
 _SIMPLE = Config()
 _MEDIUM = replace(_SIMPLE, exp_name="medium", loss_fn_type="KD", n_epochs=700)
 _STRONG = replace(_MEDIUM, exp_name="strong", student="ir", stem_width=16, widths=(24, 32, 48), depths=(2, 3, 2),

@@ -90,7 +90,7 @@ def main():
             while True:
                 process = subprocess.Popen(command(name, out, teacher), **quiet)
                 try:
-                    code = process.wait(rng.uniform(0.3, 1.3) * row["seconds alone"])
+                    code = process.wait(rng.uniform(0.3, 1.0) * row["seconds alone"])
                 except subprocess.TimeoutExpired:
                     process.kill()
                     process.wait()

@@ -362,6 +362,9 @@ RECIPES = {
     "r_mix": taught(mixup=0.8, cutmix=0.5),
     # the last stage with one thing changed
     "beyond_mix": Recipe(dataclasses.replace(h.STAGES["beyond"], mixup=0.8, cutmix=0.5)),
+    "beyond_align": Recipe(dataclasses.replace(h.STAGES["beyond"], align_weights=(3.0, 2.0, 1.0)), replay=False),
+    "beyond_handover": Recipe(dataclasses.replace(
+        h.STAGES["beyond"], align_weights=(3.0, 2.0, 1.0), loss_schedule="handover", temperature=20.0), replay=False),
     "beyond_ema": Recipe(dataclasses.replace(h.STAGES["beyond"], ema_decay=0.998)),
 }
 
