@@ -740,8 +740,10 @@ def _decode_all(files, split, to_view, side, path):
     with written_whole(path) as temporary:
         size = _cache_bytes(len(files), side)
         try:
-            with open(temporary, "wb") as file:  # all of it, so that a disk cannot fill up below the mapping
-                os.posix_fallocate(file.fileno(), 0, size)
+            with open(temporary, "wb") as file:
+                file.truncate(size)
+                if hasattr(os, "posix_fallocate"):  # take the room now: a disk must not fill up below the mapping
+                    os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
             where = f"{path.parent} ({error.strerror}): set HW13_CACHE"
             raise UserError(f"the cache of {size / 1e9:.1f} GB cannot be made in {where}") from None
