@@ -512,14 +512,22 @@ def find_data(root=None):
     return read_folder(folder) if folder else None
 
 
+def _walk_inputs():
+    """(folder, names of its folders, names of its files) of all that is under /kaggle/input, but for the pictures."""
+    for folder, names, files in os.walk(kaggle_root() / "input"):
+        yield Path(folder), set(names), files
+        names[:] = [n for n in names if not n.startswith(".") and not (n in SPLITS and "validation" in names)]
+
+
 def _kaggle_mounts():
     """Folders under /kaggle/input that hold training/ and validation/, the competition's first."""
-    found = []
-    for folder, names, _ in os.walk(kaggle_root() / "input"):
-        if {"training", "validation"} <= set(names):
-            found.append(Path(folder))
-        names[:] = sorted(n for n in names if n not in SPLITS and not n.startswith("."))
+    found = [folder for folder, names, _ in _walk_inputs() if {"training", "validation"} <= names]
     return sorted(found, key=lambda folder: (COMPETITION not in folder.parts, str(folder)))
+
+
+def attached_files(name):
+    """Paths of the files called `name` in any Kaggle input, sorted; none elsewhere."""
+    return sorted(folder / name for folder, _, files in _walk_inputs() if name in files)
 
 
 def read_folder(root):
@@ -540,8 +548,8 @@ def read_folder(root):
             raise UserError(f"{root / split} holds no usable image (.jpg, .jpeg or .png)")
     files, labels, ids = ({split: rows[i] for split, rows in splits.items()} for i in range(3))
     # The teacher lies in the data folder or beside it; on Kaggle in any input, for public copies have none.
-    attached = sorted((kaggle_root() / "input").glob(f"**/{TEACHER_FILE}"))
-    teacher = next(filter(Path.is_file, (root / TEACHER_FILE, root.parent / TEACHER_FILE, *attached)), None)
+    places = (root / TEACHER_FILE, root.parent / TEACHER_FILE, *attached_files(TEACHER_FILE))
+    teacher = next(filter(Path.is_file, places), None)
     in_folders = bool(_class_folders(root / "training"))
     data = FoodData(root, "", files, labels, ids, tuple(ignored), teacher, in_folders)
     origin = ("demo set (drawn, not photographs)" if (root / "DRAWN_DEMO_SET").exists() else
@@ -1007,7 +1015,7 @@ class BatchLoader:
         for number, step in enumerate(self.batches()):
             rows = step.tensor_split(self.world)[self.rank]
             images, labels = self.views_of(rows, draw), self.labels[rows.to(self.device, non_blocking=True)]
-            if self.train:
+            if self.train and (self.cfg.mixup or self.cfg.cutmix):
                 images, labels = mix(images, labels, self.cfg, self._generator(2 + number).initial_seed())
             yield Batch(images, labels, rows, len(rows) * self.world / len(step))
 
@@ -1860,7 +1868,7 @@ def attached_runs(cfg, folder, facts):
     An earlier session's output, attached as an input, is found so. A run with other settings is ignored, and said.
     """
     name = Path(folder).relative_to(default_out()) if Path(folder).is_relative_to(default_out()) else Path(cfg.exp_name)
-    for path in sorted((kaggle_root() / "input").glob(f"**/{name}/{RUN_FILES[0]}")):
+    for path in (p for p in attached_files(RUN_FILES[0]) if p.match(f"{name}/{RUN_FILES[0]}")):
         try:
             yield saved_run(cfg, path.parent, facts), path.parent
         except UserError as error:

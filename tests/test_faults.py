@@ -10,43 +10,18 @@ import time
 import pytest
 import torch
 from conftest import ROOT
+from shared import same, without_seconds
+from test_training import SMALL, prepared
 
 import helpers as h
 
 WORKER = [sys.executable, ROOT / "helpers.py", "run"]
-SMALL = {"image_size": 64, "batch_size": 8, "n_epochs": 4, "lr": 1e-3, "amp": "off"}
-
-
-def prepared(food, stage="simple", **settings):
-    """(config, training loader, validation loader)."""
-    cfg = h.get_config(stage, **(SMALL | settings))
-    return cfg, *h.build_loaders(cfg, h.find_data(food), torch.device("cpu"))
-
 
 def train(food, folder, stage="simple", teacher=None, fresh=False, **settings):
     """(history without seconds, checksum) of a fit into a folder."""
-    cfg, train_loader, valid = prepared(food, stage, **settings)
-    student = h.build_student(cfg)
+    cfg, _, train_loader, valid, student = prepared(food, stage, **settings)
     history = h.fit(student, train_loader, valid, cfg, teacher, folder, fresh=fresh)
     return [{**row, "seconds": 0} for row in history], h.state_checksum(student)
-
-
-def without_seconds(folder):
-    """last.ckpt's bytes that must be equal, as tensors and rows."""
-    saved = torch.load(folder / "last.ckpt", weights_only=True)
-    saved["history"] = [{**row, "seconds": 0} for row in saved["history"]]
-    return saved
-
-
-def same(a, b):
-    """Whether two nested checkpoints are equal bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b or (a != a and b != b)
 
 
 # --- kills -----------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from shared import DWPW
 from torch import nn
 
 import helpers as h
@@ -59,10 +60,6 @@ def test_alignment_is_a_weighted_smooth_l1():
     ours, theirs = {"layer1": torch.zeros(1, 2, 1, 1)}, {"layer1": torch.tensor([0.5, 3.0]).view(1, 2, 1, 1)}
     by_hand = 3 * (0.5 * 0.5**2 + (3.0 - 0.5)) / 2
     assert h.alignment(ours, theirs, {"layer1": 3.0}, {"layer1": nn.Identity()}).item() == pytest.approx(by_hand)
-
-
-# The plain student whose layers are as wide as the teacher's.
-DWPW = {key: getattr(h.Config(student="dwpw"), key) for key in ("student", "stem_width", "widths", "depths", "strides")}
 
 
 def boss_loss(teacher_file, **settings):

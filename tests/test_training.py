@@ -11,11 +11,12 @@ from torch.utils.data import DataLoader
 
 import helpers as h
 
+SMALL = {"image_size": 64, "batch_size": 8, "n_epochs": 4, "lr": 1e-3, "amp": "off"}
+
 
 def prepared(food, stage="boss", **settings):
     """(config, data, training loader, validation loader, student)."""
-    small = {"image_size": 64, "batch_size": 8, "n_epochs": 4, "lr": 1e-3, "amp": "off"}
-    cfg = h.get_config(stage, **(small | settings))
+    cfg = h.get_config(stage, **(SMALL | settings))
     data = h.find_data(food)
     train, valid = h.build_loaders(cfg, data, torch.device("cpu"))
     return cfg, data, train, valid, h.build_student(cfg)

@@ -31,7 +31,9 @@ import torch.nn.functional as F
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from shared import DWPW  # noqa: E402
 
 import helpers as h  # noqa: E402
 
@@ -288,8 +290,7 @@ class Recipe:
 TEACH = dataclasses.replace(
     h.STAGES["simple"], loss_fn_type="KD", alpha=1.0, temperature=4.0, crop_scale=(0.35, 1.0), optimizer="adamw",
     weight_decay=0.02, lr=4e-3, lr_schedule="cosine", warmup_epochs=1.0, batch_size=64, grad_norm_max=10.0)
-DWPW_BOSS = dataclasses.replace(h.STAGES["boss"], student="dwpw", **{
-    key: getattr(h.Config(), key) for key in ("stem_width", "widths", "depths", "strides")})
+DWPW_BOSS = dataclasses.replace(h.STAGES["boss"], **DWPW)
 LAYERS = ((24, 2, 2), (32, 3, 2), (48, 2, 2))
 
 
@@ -429,9 +430,8 @@ def table(args):
     rows = stored_rows()
     rows = rows[(rows.epochs == args.epochs) & (rows["size"] == args.size) & (rows.views == args.views)]
     frame = rows.groupby("recipe").agg(
-        seeds=("seed", "count"), accuracy=("accuracy", "mean"), agreement=("agreement", "mean"),
+        seeds=("seed", "count"), accuracy=("accuracy", "mean"), agreement=("agreement", "mean"), se=("s.e.", "mean"),
         parameters=("parameters", "first"), macs_224=("macs_224", "first"), cpu_seconds=("cpu_seconds", "mean"))
-    frame["s.e."] = (frame.accuracy * (1 - frame.accuracy) / 1493) ** 0.5
     for name in frame.index:
         seeds = set(rows.seed[rows.recipe == name]) & set(rows.seed[rows.recipe == args.against])
         pairs = [(correct(name, args, s), correct(args.against, args, s)) for s in sorted(seeds)]
@@ -446,7 +446,7 @@ def table(args):
     for i, (key, label) in enumerate((("parameters", "parameters"), ("macs_224", "multiply-adds at 224 px"),
                                       ("cpu_seconds", "processor seconds")), 1):
         axes = figure.add_subplot(1, 3, i, xlabel=label)
-        axes.errorbar(frame[key], frame.accuracy, frame["s.e."], fmt="o", color="#0072B2", ecolor="#BBBBBB")
+        axes.errorbar(frame[key], frame.accuracy, frame.se, fmt="o", color="#0072B2", ecolor="#BBBBBB")
         for name, row in frame.iterrows():
             axes.annotate(name, (row[key], row.accuracy), fontsize=7, xytext=(3, 2), textcoords="offset points")
         if key == "parameters":

@@ -10,7 +10,6 @@ dropped).
 """
 
 import argparse
-import itertools
 import json
 import os
 import subprocess
@@ -22,12 +21,12 @@ from pathlib import Path
 import pandas as pd
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from shared import DWPW  # noqa: E402
+from speed import Steps  # noqa: E402
 
 import helpers as h  # noqa: E402
-
-# The plain student of the course's blocks, as the published solution's.
-DWPW = {key: getattr(h.Config(student="dwpw"), key) for key in ("student", "stem_width", "widths", "depths", "strides")}
 
 
 def private_memory():
@@ -74,26 +73,13 @@ def measure(data, times, size):
         teacher = h.freeze(h.build_student(h.TEACHER_CONFIG))
         loss_fn = h.DistillLoss(cfg, h.build_student(cfg), teacher, h.amp_dtype(device)).to(device)
         state = h.TrainState(loss_fn, cfg, device)
-        steps = Steps(loader)
+        steps = Steps(loader, 8)
         h.train_one_epoch(state, loss_fn, steps, cfg, 0)
         start = time.perf_counter()
         h.train_one_epoch(state, loss_fn, steps, cfg, 1)
         times["training step"] = 1000 * (time.perf_counter() - start) / (steps.n * cfg.batch_size)
         memory = max(memory, private_memory())
         return {"images": len(split), **times, "private MB": memory, "cache MB": split.cache.stat().st_size / 1e6}
-
-
-class Steps:
-    """The first `n` batches of a BatchLoader, an epoch of them."""
-
-    def __init__(self, loader, n=8):
-        self.loader, self.n, self.dataset, self.set_epoch = loader, n, loader.dataset, loader.set_epoch
-
-    def __len__(self):
-        return self.n
-
-    def __iter__(self):
-        return itertools.islice(self.loader, self.n)
 
 
 def main():

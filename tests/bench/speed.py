@@ -31,12 +31,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from shared import DWPW  # noqa: E402
 
 import helpers as h  # noqa: E402
-
-# The plain student of the course's blocks, as the published solution's.
-DWPW = {key: getattr(h.Config(student="dwpw"), key) for key in ("student", "stem_width", "widths", "depths", "strides")}
 
 SIDES = ("device", "ours", "old0", "old4")
 
