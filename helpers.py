@@ -1360,11 +1360,16 @@ def feature_hooks(model, layers):
 def alignment(student_maps, teacher_maps, weights, adapters):
     """Sum over layers of weight * smooth-L1(adapter(student map), teacher map), fp32. Maps: {name: (B, C, H, W)}.
 
-    A layer whose weight is zero is left out. Layer-wise supervision after Romero et al. 2015 (FitNets).
+    The larger of two maps is averaged down to the size of the other one. A layer whose weight is zero is left out.
+    Layer-wise supervision after Romero et al. 2015 (FitNets).
     """
-    terms = [weight * F.smooth_l1_loss(adapters[name](student_maps[name].float()), teacher_maps[name].float())
-             for name, weight in weights.items() if weight]
-    return sum(terms)
+    def term(ours, theirs, adapter):
+        side = min(ours.shape[-1], theirs.shape[-1])
+        ours, theirs = (maps.float() if maps.shape[-1] == side else F.adaptive_avg_pool2d(maps.float(), side)
+                        for maps in (ours, theirs))
+        return F.smooth_l1_loss(adapter(ours), theirs)
+
+    return sum(w * term(student_maps[k], teacher_maps[k], adapters[k]) for k, w in weights.items() if w)
 
 
 class DistillLoss(nn.Module):
@@ -1372,10 +1377,9 @@ class DistillLoss(nn.Module):
 
     forward(images (B, 3, S, S), labels, teacher_logits=None) -> (loss, student_logits, teacher_logits or None). A term
     of zero weight is dropped, and the teacher does not run when no term needs it or its logits are given. Adapters are
-    1x1 convolutions where a student layer is narrower or wider than the teacher's, after an average pool where it is
-    larger: trained, never counted, never saved with the student. The networks run under autocast to `dtype`; the losses
-    are fp32.
-    Raises UserError where a term needs a teacher and there is none, or where feature sizes differ.
+    1x1 convolutions where a student layer is narrower or wider than the teacher's: trained, never counted, never saved
+    with the student. The networks run under autocast to `dtype`; the losses are fp32.
+    Raises UserError where a term needs a teacher and there is none.
     """
 
     def __init__(self, cfg, student, teacher=None, dtype=None):
@@ -1420,17 +1424,13 @@ class DistillLoss(nn.Module):
         return torch.autocast(images.device.type, self.dtype, enabled=self.dtype is not None)
 
     def _adapters(self):
-        ours, theirs = (feature_shapes(net, self.layers, self.cfg.image_size) if self.layers else {}
-                        for net in (self.student, self.teacher))
-        for name, (channels, side, _) in ours.items():
-            wanted, teacher_side, _ = theirs[name]
-            if side % teacher_side:
-                raise UserError(f"{name} of the student is {side} px, the teacher's is {teacher_side} px: choose "
-                                "strides that agree, or that leave the student's a whole number of times as large")
-            pool = [nn.AvgPool2d(side // teacher_side)] if side > teacher_side else []
+        shapes = [feature_shapes(net, self.layers, self.cfg.image_size) if self.layers else {}
+                  for net in (self.student, self.teacher)]
+        for name, (channels, *_) in shapes[0].items():
+            wanted = shapes[1][name][0]
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.cfg.seed)
-                yield name, nn.Sequential(*pool, *([nn.Conv2d(channels, wanted, 1)] if channels != wanted else []))
+                yield name, nn.Conv2d(channels, wanted, 1) if channels != wanted else nn.Identity()
 
 
 def feature_shapes(model, layers, image_size):

@@ -340,8 +340,6 @@ def test_run_says_what_is_wrong_with_a_later_stage_before_the_first_trains(food,
     monkeypatch.setattr(h, "fit", lambda *a: pytest.fail("trained"))
     with pytest.raises(h.UserError, match="other settings"):
         h.run(h.find_data(food), ["simple", "strong"], out=tmp_path, **tiny | {"lr": 0.5})
-    with pytest.raises(h.UserError, match="choose strides that agree"):
-        h.run(h.find_data(food), ["simple", "boss"], out=tmp_path, **tiny, strides=(4, 2, 2))
 
 
 def test_run_without_a_teacher_leaves_stages_out_and_says_so(food, tmp_path, capsys, tiny):

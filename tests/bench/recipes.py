@@ -5,7 +5,7 @@
     python tests/bench/recipes.py --table [--against NAME]   stored rows, paired differences, the pictures
     python tests/bench/recipes.py NAME ... --predict DIR     evaluation CSVs of trained recipes
 
-Every recipe of a call sees the same images, teacher, size and number of epochs; `fit` trains it. A row is appended to
+Every recipe of a call sees the same images, teacher, sizes and number of epochs; `fit` trains it. A row is appended to
 results/recipes.csv when its training ends, and one that is there already is not trained again. Checkpoints and the
 validation logits of each student lie in the work folder, so a killed call goes on where it stopped. The accuracy is
 that of the epoch with the best validation accuracy, as `fit` keeps it; cpu_seconds are processor time of all threads,
@@ -28,6 +28,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -244,6 +245,23 @@ def published_boss_net(cfg, teacher):
     return net
 
 
+class EnlargingTeacher(torchvision.models.ResNet):
+    """The teacher, looking at views enlarged to `size` px: one trained at 224 px answers badly on small pictures.
+
+    It runs in bf16. The size is a buffer, so that its checksum, the key of stored logits, tells it from the teacher.
+    """
+
+    def __init__(self, teacher, size):
+        super().__init__(torchvision.models.resnet.BasicBlock, [2, 2, 2, 2], h.NUM_CLASSES)
+        self.load_state_dict(teacher.state_dict())
+        self.register_buffer("size", torch.tensor(size))
+
+    def forward(self, x):
+        x = F.interpolate(x.float(), int(self.size), mode="bicubic", align_corners=False)
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return super().forward(x)
+
+
 # --- candidate losses ------------------------------------------------------------------------------------------------
 
 
@@ -366,6 +384,10 @@ RECIPES = {
     "beyond_align": Recipe(dataclasses.replace(h.STAGES["beyond"], align_weights=(3.0, 2.0, 1.0)), replay=False),
     "beyond_handover": Recipe(dataclasses.replace(
         h.STAGES["beyond"], align_weights=(3.0, 2.0, 1.0), loss_schedule="handover", temperature=20.0), replay=False),
+    "beyond_ce": Recipe(dataclasses.replace(h.STAGES["beyond"], alpha=0.5)),
+    "beyond_labels": Recipe(dataclasses.replace(h.STAGES["beyond"], alpha=0.1)),
+    "beyond_t2": Recipe(dataclasses.replace(h.STAGES["beyond"], temperature=2.0)),
+    "beyond_t2_ce": Recipe(dataclasses.replace(h.STAGES["beyond"], temperature=2.0, alpha=0.5)),
     "beyond_ema": Recipe(dataclasses.replace(h.STAGES["beyond"], ema_decay=0.998)),
 }
 
@@ -391,23 +413,38 @@ def train(name, args, seed, data, teacher, device):
         sys.exit(f"{name}: the folded net answers differently")
     torch.save({"logits": logits, "labels": labels}, folder / "valid.pt")
     accuracy = (logits.argmax(1) == labels).double().mean().item()
-    return {"recipe": name, "epochs": args.epochs, "size": args.size, "seed": seed, "views": args.views,
+    return {"recipe": name, **budget(args), "seed": seed,
             "accuracy": accuracy, "s.e.": h.standard_error(accuracy, len(labels)),
             "parameters": sum(p.numel() for p in small.parameters()), "macs_224": h.count_macs(small, 224),
             "seconds": sum(row["seconds"] for row in history), "cpu_seconds": time.process_time() - start,
             "logits": logits}
 
 
+def budget(args):
+    """What the recipes of one comparison share, as the columns of their rows."""
+    return {"epochs": args.epochs, "size": args.size, "teacher_size": args.teacher_size, "views": args.views}
+
+
+def budget_name(args):
+    """The budget in a file's name."""
+    return "-".join(map(str, budget(args).values()))
+
+
+def of_budget(rows, args):
+    """The rows of this call's budget."""
+    return rows[(rows[list(budget(args))] == list(budget(args).values())).all(axis=1)]
+
+
 def work_folder(name, args, seed):
     """Where a training keeps its files."""
-    return args.work / f"{name}-{args.size}px-{args.epochs}ep{f'-K{args.views}' if args.views else ''}-{seed}"
+    return args.work / f"{name}-{budget_name(args)}-{seed}"
 
 
 def stored_rows():
     """The rows of results/recipes.csv so far, or an empty frame."""
     path = RESULTS / "recipes.csv"
-    empty = pd.DataFrame(columns=["recipe", "epochs", "size", "seed", "views"])
-    return pd.concat([empty, pd.read_csv(path)]).fillna({"views": 0}) if path.is_file() else empty
+    columns = ["recipe", "epochs", "size", "teacher_size", "views", "seed"]
+    return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=columns)
 
 
 def store(row):
@@ -427,8 +464,7 @@ def correct(name, args, seed):
 
 def table(args):
     """The stored rows of one budget, the mean over seeds, and the paired difference to --against."""
-    rows = stored_rows()
-    rows = rows[(rows.epochs == args.epochs) & (rows["size"] == args.size) & (rows.views == args.views)]
+    rows = of_budget(stored_rows(), args)
     frame = rows.groupby("recipe").agg(
         seeds=("seed", "count"), accuracy=("accuracy", "mean"), agreement=("agreement", "mean"), se=("s.e.", "mean"),
         parameters=("parameters", "first"), macs_224=("macs_224", "first"), cpu_seconds=("cpu_seconds", "mean"))
@@ -451,7 +487,7 @@ def table(args):
             axes.annotate(name, (row[key], row.accuracy), fontsize=7, xytext=(3, 2), textcoords="offset points")
         if key == "parameters":
             axes.axvline(h.PARAM_LIMIT, color="#D55E00", ls="--", lw=1)
-    figure.savefig(RESULTS / f"recipes-{args.size}px-{args.epochs}ep.png")
+    figure.savefig(RESULTS / f"recipes-{budget_name(args)}.png")
 
 
 def write_predictions(names, args, data, teacher, device):
@@ -474,6 +510,7 @@ def main():
     parser.add_argument("--data", default=os.environ.get("HW13_PHOTOS"))
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--size", type=int, default=112)
+    parser.add_argument("--teacher-size", type=int, default=176, help="what the teacher sees the views enlarged to")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--views", type=int, default=0, help="replay so many teacher views (0: one for each epoch)")
     parser.add_argument("--amp", default="auto")
@@ -495,15 +532,19 @@ def main():
         return None
     device, data = h.pick_device(), h.find_data(args.data)
     teacher = h.load_teacher(data.teacher, device)
+    if args.teacher_size != args.size:
+        teacher = h.freeze(EnlargingTeacher(teacher, args.teacher_size).to(device, memory_format=torch.channels_last))
     valid = h.BatchLoader(h.load_data(data, "validation", "eval", args.size), h.Config(image_size=args.size), device)
     if args.predict:
         return write_predictions(names, args, data, teacher, device)
-    teacher_classes = h.predict_logits(teacher, valid)[0].argmax(1)
+    teacher_classes, labels = (answer if answer.ndim == 1 else answer.argmax(1)
+                               for answer in h.predict_logits(teacher, valid))
+    accuracy = (teacher_classes == labels).double().mean().item()
+    print(f"the teacher at {args.teacher_size} px: {h.plus_minus(accuracy, len(labels))}", flush=True)
     for seed in args.seeds:
         for name in names:
-            there = stored_rows()
-            if ((there.recipe == name) & (there.epochs == args.epochs) & (there["size"] == args.size)
-                    & (there.seed == seed) & (there.views == args.views)).any():
+            there = of_budget(stored_rows(), args)
+            if ((there.recipe == name) & (there.seed == seed)).any():
                 continue
             row = train(name, args, seed, data, teacher, device)
             row["agreement"] = (row.pop("logits").argmax(1) == teacher_classes).double().mean().item()
