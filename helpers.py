@@ -10,13 +10,15 @@ Sections, in the notebook's order:
 5  Losses       loss_fn_kd, alignment, DistillLoss, check_loss_fn_kd
 6  Training     fit and its parts, run_stage, run, train_teacher
 7  Submission   predict, write_submission, validate_submission
-8  Pictures     functions that take data and return a matplotlib Figure
+8  Pictures     functions that take data and return a matplotlib Figure; the report questions' tables
 9  Command line python helpers.py run | evaluate | predict | validate | export
 """
 
 import argparse
 import ast
+import base64
 import contextlib
+import copy
 import csv
 import ctypes
 import dataclasses
@@ -25,6 +27,7 @@ import fcntl
 import functools
 import glob
 import hashlib
+import html
 import inspect
 import io
 import itertools
@@ -50,6 +53,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageColor, ImageDraw, ImageFile, ImageOps
 from torch import nn
+from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset  # noqa: F401  (the notebook uses h.DataLoader)
 from torchvision import transforms
@@ -93,7 +97,7 @@ class Config:
     image_size: int = _key(224, "pixels a side that the networks see", 40, 512)
     # The student: its builder in STUDENTS (or TEACHERS, for train_teacher). The sample net has no settings; of the
     # others, widths, depths and strides have one entry a layer.
-    student: str = _key("sample", "builder", choices=("sample", "dwpw", "ir", "resnet18", "resnet34", "resnet50"))
+    student: str = _key("sample", "name of the builder")
     stem_width: int = _key(48, "channels after the stem", 1, 1024)
     widths: tuple = _key((64, 128, 256), "channels of layer1, layer2, ...", 1, 4096)
     depths: tuple = _key((1, 1, 1), "blocks in each layer", 1, 64)
@@ -135,7 +139,7 @@ class Config:
     def __post_init__(self):
         for f in dataclasses.fields(self):
             object.__setattr__(self, f.name, _checked(f, getattr(self, f.name)))
-        n_layers, aligns = len(self.widths), self.loss_fn_type == "KD" and self.student in ("dwpw", "ir")
+        n_layers, aligns = len(self.widths), self.loss_fn_type == "KD" and self.student != "sample"
         rises = {key: list(getattr(self, key)) == sorted(getattr(self, key)) for key in ("crop_scale", "crop_ratio")}
         for key, right, allowed in (
             ("exp_name", re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", self.exp_name), "letters, digits, '_', '-'"),
@@ -144,7 +148,7 @@ class Config:
             ("kernel_size", self.kernel_size % 2, "an odd number"),
             ("depths", n_layers == len(self.depths) == len(self.strides) > 0, "as many entries as widths and strides"),
             ("align_weights", len(self.align_weights) <= min(4, n_layers), "a weight for each layer, 4 at most"),
-            ("align_weights", aligns or not self.align_weights, "() unless loss_fn_type=KD and student=dwpw or ir"),
+            ("align_weights", aligns or not self.align_weights, "() unless loss_fn_type=KD, and for the sample net"),
             # Feature maps are too large to store.
             ("teacher_views", not (self.teacher_views and any(self.align_weights)), "0 with align_weights"),
             ("crop_scale", self.crop_scale or not (self.rotation or self.affine or self.vflip),
@@ -197,18 +201,20 @@ def parse_setting(text):
     return key, _checked(fields[key], value)
 
 
-# Simple and Medium keep their published values, poor or not, because each one teaches a step. Strong and Boss keep
-# what they teach, on the best legal student that was found (tests/bench/RESULTS.md); Beyond asks the teacher alone.
+# Simple and Medium keep their published values, poor or not, because each one teaches a step. Strong, Boss and Beyond
+# share the best legal student and the best recipe that were found (tests/bench/RESULTS.md); each changes one thing.
 _SIMPLE = Config()
 _MEDIUM = replace(_SIMPLE, exp_name="medium", loss_fn_type="KD", n_epochs=700)
 _STRONG = replace(_MEDIUM, exp_name="strong", student="ir", stem_width=16, widths=(24, 32, 48), depths=(2, 3, 2),
                   strides=(2, 2, 1), crop_scale=(0.7, 1.0), vflip=0.5, rotation=180.0, affine=30.0, temperature=4.0,
-                  alpha=0.9, batch_size=128, lr=1e-3, lr_schedule="cosine", warmup_epochs=2.0, n_epochs=300)
-_BOSS = replace(_STRONG, exp_name="boss", temperature=20.0, alpha=0.5, lr_schedule="constant", warmup_epochs=0.0,
-                align_weights=(3.0, 2.0, 1.0), loss_schedule="handover", n_epochs=600, patience=60)
-_BEYOND = replace(_STRONG, exp_name="beyond", crop_scale=(0.35, 1.0), vflip=0.0, rotation=0.0, affine=0.0, alpha=1.0,
-                  optimizer="adamw", lr=4e-3, weight_decay=0.02, batch_size=64, n_epochs=600)
+                  optimizer="adamw", lr=4e-3, lr_schedule="cosine", warmup_epochs=2.0, weight_decay=0.02, n_epochs=300)
+_BOSS = replace(_STRONG, exp_name="boss", align_weights=(3.0, 2.0, 1.0), loss_schedule="handover", n_epochs=600)
+_BEYOND = replace(_STRONG, exp_name="beyond", crop_scale=(0.35, 1.0), vflip=0.0, rotation=0.0, affine=0.0, n_epochs=600)
 STAGES = {cfg.exp_name: cfg for cfg in (_SIMPLE, _MEDIUM, _STRONG, _BOSS, _BEYOND)}
+
+TEACHER_CONFIG = Config(exp_name="teacher", student="resnet18", crop_scale=(0.5, 1.0), batch_size=128, lr=1e-3,
+                        optimizer="adamw", weight_decay=0.05, lr_schedule="cosine", warmup_epochs=5.0, n_epochs=200)
+DEMO_TEACHER_SETTINGS = {"image_size": 64, "batch_size": 32, "warmup_epochs": 1.0, "n_epochs": 7}
 
 # LENGTH -> (share of a stage's epochs, but at least so many).
 LENGTHS = {"full": (1.0, 1), "lesson": (0.1, 10), "quick": (0.01, 4), "fast": (0.0, 1)}
@@ -304,6 +310,12 @@ def rank_and_world():
     dist = torch.distributed
     used = dist.is_available() and dist.is_initialized()
     return (dist.get_rank(), dist.get_world_size()) if used else (0, 1)
+
+
+def _collective(name, *args):
+    """Call torch.distributed.<name> where there are several processes; do nothing in a single one."""
+    if rank_and_world()[1] > 1:
+        getattr(torch.distributed, name)(*args)
 
 
 def say(text):
@@ -808,12 +820,6 @@ def _leave_out(bad, good, images):
         images[to] = images[i].clone()
 
 
-def _collective(name, *args):
-    """Call torch.distributed.<name> where there are several processes; do nothing in a single one."""
-    if rank_and_world()[1] > 1:
-        getattr(torch.distributed, name)(*args)
-
-
 # --- the drawn demo set ----------------------------------------------------------------------------------------------
 
 def draw_dish(label, rng):
@@ -1049,18 +1055,6 @@ class BatchLoader:
                       tuple(torch.cat(frame).to(self.device) for frame in frames))
 
 
-def measure_throughput(loader, batches=6):
-    """Images a second that a loader delivers, over some batches after the first, which pays for start-up."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    iterator = iter(loader)
-    next(iterator)
-    wait()
-    start = time.perf_counter()
-    n = sum(len(batch[0]) for batch in itertools.islice(iterator, batches))
-    wait()
-    return n / (time.perf_counter() - start)
-
-
 # =====================================================================================================================
 # 3  Students
 # =====================================================================================================================
@@ -1126,7 +1120,7 @@ def conv_bn(in_channels, out_channels, kernel_size=1, stride=1, groups=1, activa
 
 
 class InvertedResidual(nn.Module):
-    """dwpw_conv between two widths: expand 1x1, depthwise k x k, project 1x1 (Sandler et al. 2018, MobileNetV2).
+    """A depthwise convolution between two widths: expand 1x1, k x k, project 1x1 (MobileNetV2, Sandler et al. 2018).
 
     (B, in, H, W) -> (B, out, H / stride, W / stride). Space is seen at `expansion` times the width, where a depthwise
     weight is cheap; the narrow ends carry a shortcut where their shapes agree, so that many blocks can be stacked.
@@ -1166,10 +1160,16 @@ STUDENTS = {"sample": sample_student, "dwpw": dwpw_student, "ir": ir_student}
 
 
 def build_student(cfg):
-    """The student that `cfg` describes, its weights drawn from cfg.seed (the global random state is left alone)."""
+    """The net that `cfg` describes, its weights drawn from cfg.seed (the global random state is left alone).
+
+    A builder of your own, Config -> nn.Module, goes into STUDENTS under a new name. UserError for an unknown one.
+    """
+    builders = STUDENTS | TEACHERS
+    if cfg.student not in builders:
+        raise UserError(f"student={cfg.student!r}: allowed is one of {', '.join(builders)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
-        return (STUDENTS | TEACHERS)[cfg.student](cfg)
+        return builders[cfg.student](cfg)
 
 
 def get_student_model():
@@ -1178,7 +1178,7 @@ def get_student_model():
 
 
 def check_budget(model, limit=PARAM_LIMIT):
-    """The number of parameters of `model`, counted the strict way; ValueError above `limit`.
+    """The number of parameters of `model`, counted the strict way; UserError above `limit`.
 
     Strict is the larger of two counts: all parameters once, trained or frozen (catches a bare nn.Parameter), and those
     of every module each time that it is called (catches a module called twice, which the course's tool counts twice).
@@ -1225,11 +1225,13 @@ def count_macs(model, image_size):
 
 
 def layer_table(model, image_size=224):
-    """A DataFrame of output shape, parameters and multiply-adds, a row a layer and a sum."""
-    rows = [(name, " x ".join(map(str, shape)), own, macs) for name, shape, own, macs in _trace(model, image_size)]
-    frame = pd.DataFrame(rows, columns=["layer", "output", "parameters", "multiply-adds"])
-    frame.loc[len(frame)] = ["all", "", frame["parameters"].sum(), frame["multiply-adds"].sum()]
-    return frame.set_index("layer")
+    """A DataFrame of output shape, parameters and multiply-adds, a row a layer or block of layers, and a sum."""
+    frame = pd.DataFrame(_trace(model, image_size), columns=["layer", "output", "parameters", "multiply-adds"])
+    frame["output"] = [" x ".join(map(str, shape)) for shape in frame["output"]]
+    blocks = frame.groupby(frame["layer"].str.split(".").str[:2].str.join("."), sort=False)
+    frame = blocks.agg({"output": "last", "parameters": "sum", "multiply-adds": "sum"})
+    frame.loc["all"] = ["", frame["parameters"].sum(), frame["multiply-adds"].sum()]
+    return frame
 
 
 # =====================================================================================================================
@@ -1306,6 +1308,47 @@ def state_checksum(model):
 def soft_labels(logits, temperature):
     """softmax(logits / temperature) over the last dimension, fp32: (..., 11) -> (..., 11)."""
     return F.softmax(logits.float() / temperature, dim=-1)
+
+
+class TeacherViews:
+    """The teacher's logits of K replayable epochs in one flat file: what is stored once, no teacher computes again.
+
+    Order and draws of epoch e are functions of (seed, e mod K), so a row's view e mod K is always the same picture.
+    The file is keyed by all that the logits depend on; one that holds another key is refused, never reused. Logits
+    that are not stored yet are NaN, so a file that was cut short by a kill goes on where it stopped.
+    """
+
+    def __init__(self, cfg, loader, teacher_checksum, dtype=None):
+        split = loader.split
+        shape = (cfg.teacher_views, len(split), NUM_CLASSES)
+        keys = ("seed", "image_size", "batch_size", "crop_scale", "crop_ratio", "hflip", "vflip", "rotation", "affine",
+                "mixup", "cutmix", "teacher_views")
+        key = fingerprint(teacher_checksum, str(dtype), loader.device.type, split.ids, split.cache.name,
+                          rank_and_world()[1], [getattr(cfg, k) for k in keys]).encode()
+        self.path = cache_root() / f"teacher-{key.decode()}.logits"
+        size = len(key) + 4 * math.prod(shape)
+        if not self.path.is_file() and rank_and_world()[0] == 0:
+            with written_whole(self.path) as temporary, open(temporary, "wb") as file:
+                file.write(key)
+                for _ in range(shape[0]):
+                    file.write(np.full(shape[1:], np.nan, np.float32).tobytes())
+        _collective("barrier")
+        if self.path.stat().st_size != size or self.path.open("rb").read(len(key)) != key:
+            raise UserError(f"{self.path} holds the teacher's logits for other pictures or settings: delete it")
+        try:
+            flat = torch.from_file(str(self.path), shared=True, size=size, dtype=torch.uint8)
+        except RuntimeError:
+            raise UserError(f"{self.path} cannot be written; set HW13_CACHE to a folder of your own") from None
+        self.logits = flat[len(key):].view(torch.float32).view(shape)
+
+    def read(self, view, rows, device):
+        """Stored logits (B, 11) of rows in a view, or None if one of them is not stored yet."""
+        logits = self.logits[view, rows]
+        return None if logits.isnan().any() else logits.to(device, non_blocking=True)
+
+    def write(self, view, rows, logits):
+        """Store the logits (B, 11) of rows in a view."""
+        self.logits[view, rows] = logits.detach().float().cpu()
 
 
 # =====================================================================================================================
@@ -1495,6 +1538,10 @@ def check_loss_fn_kd(my_loss):
 # 6  Training
 # =====================================================================================================================
 
+KAGGLE_HOURS, SESSION_START = 12, time.time()
+RUN_FILES = ("last.ckpt", "previous.ckpt")  # what a run goes on from, and the save before it
+BEHAVIOUR_KEYS = {"time_limit_h", "finite_check"}
+HISTORY_COLUMNS = ("epoch", "lr", "train_loss", "train_acc", "valid_loss", "valid_acc", "n", "seconds")
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
 
@@ -1676,6 +1723,34 @@ def evaluate(model, loader):
     return {"valid_loss": loss / n, "valid_acc": correct / n, "n": int(n)}
 
 
+def epoch_parts(cfg, loader, device, batches=3):
+    """Where the seconds of an epoch go with a loader: {"waiting for pictures": s, "training on them": s}.
+
+    Scaled up from some batches after the first, which pays for start-up. Teacher and student are untrained here: what
+    they know does not change their speed.
+    """
+    teacher = freeze(build_student(TEACHER_CONFIG)).to(device, memory_format=torch.channels_last)
+    loss_fn = DistillLoss(cfg, build_student(cfg), teacher, amp_dtype(device, cfg.amp))
+    state = TrainState(loss_fn.to(device, memory_format=torch.channels_last), cfg, device)
+    batch, seconds, n = itertools.chain.from_iterable(itertools.repeat(loader)), np.zeros(2), 0
+    for number in range(batches + 1):
+        start = _clock(device)
+        images, labels, *_ = next(batch)
+        ready = _clock(device)
+        images = images.to(device, loss_fn.dtype or torch.float32, memory_format=torch.channels_last)
+        optimizer_step(state, loss_fn(images, labels.to(device))[0], cfg.lr, cfg.grad_norm_max)
+        if number:
+            seconds, n = seconds + (ready - start, _clock(device) - ready), n + len(labels)
+    return dict(zip(("waiting for pictures", "training on them"), seconds * len(loader.dataset) / n, strict=True))
+
+
+def _clock(device):
+    """Seconds, once the device has done all that it was asked."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def standard_error(accuracy, n):
     """sqrt(p (1 - p) / n): what an accuracy over n images is uncertain by."""
     return math.sqrt(accuracy * (1 - accuracy) / n)
@@ -1726,12 +1801,6 @@ class RunDisplay:
             say(text)
 
 
-KAGGLE_HOURS, SESSION_START = 12, time.time()
-RUN_FILES = ("last.ckpt", "previous.ckpt")  # what a run goes on from, and the save before it
-BEHAVIOUR_KEYS = {"time_limit_h", "finite_check"}
-HISTORY_COLUMNS = ("epoch", "lr", "train_loss", "train_acc", "valid_loss", "valid_acc", "n", "seconds")
-
-
 def time_is_up(cfg, history, device):
     """Whether another epoch would leave too little of the session to predict and to write every CSV.
 
@@ -1751,7 +1820,8 @@ def fit(student, train_loader, valid_loader, cfg, teacher=None, folder=None, fac
     The loaders are BatchLoaders or the course's DataLoaders (valid_loader None: no validation, the last epoch's net is
     the best); the net is on its device. With a folder it writes student_best.ckpt (a plain fp32 state dict of the net
     with the best validation accuracy), last.ckpt, log.csv and config.json after every epoch, and goes on from last.ckpt
-    where one is there, exactly as if it had not stopped.
+    where one is there, exactly as if it had not stopped
+    (on CPUs; CUDA's sums are not the same from run to run).
     facts: what `identity` returns; it must be the same for going on. fresh=True starts again.
     The student ends with its best weights: also where the time limit, or a notebook's stop button, ends it early.
     Raises UserError where the folder's run has other settings or another process works there, where a loss is not
@@ -1930,47 +2000,6 @@ def read_run(folder):
     return None
 
 
-class TeacherViews:
-    """The teacher's logits of K replayable epochs in one flat file: what is stored once, no teacher computes again.
-
-    Order and draws of epoch e are functions of (seed, e mod K), so a row's view e mod K is always the same picture.
-    The file is keyed by all that the logits depend on; one that holds another key is refused, never reused. Logits
-    that are not stored yet are NaN, so a file that was cut short by a kill goes on where it stopped.
-    """
-
-    def __init__(self, cfg, loader, teacher_checksum, dtype=None):
-        split = loader.split
-        shape = (cfg.teacher_views, len(split), NUM_CLASSES)
-        keys = ("seed", "image_size", "batch_size", "crop_scale", "crop_ratio", "hflip", "vflip", "rotation", "affine",
-                "mixup", "cutmix", "teacher_views")
-        key = fingerprint(teacher_checksum, str(dtype), loader.device.type, split.ids, split.cache.name,
-                          rank_and_world()[1], [getattr(cfg, k) for k in keys]).encode()
-        self.path = cache_root() / f"teacher-{key.decode()}.logits"
-        size = len(key) + 4 * math.prod(shape)
-        if not self.path.is_file() and rank_and_world()[0] == 0:
-            with written_whole(self.path) as temporary, open(temporary, "wb") as file:
-                file.write(key)
-                for _ in range(shape[0]):
-                    file.write(np.full(shape[1:], np.nan, np.float32).tobytes())
-        _collective("barrier")
-        if self.path.stat().st_size != size or self.path.open("rb").read(len(key)) != key:
-            raise UserError(f"{self.path} holds the teacher's logits for other pictures or settings: delete it")
-        try:
-            flat = torch.from_file(str(self.path), shared=True, size=size, dtype=torch.uint8)
-        except RuntimeError:
-            raise UserError(f"{self.path} cannot be written; set HW13_CACHE to a folder of your own") from None
-        self.logits = flat[len(key):].view(torch.float32).view(shape)
-
-    def read(self, view, rows, device):
-        """Stored logits (B, 11) of rows in a view, or None if one of them is not stored yet."""
-        logits = self.logits[view, rows]
-        return None if logits.isnan().any() else logits.to(device, non_blocking=True)
-
-    def write(self, view, rows, logits):
-        """Store the logits (B, 11) of rows in a view."""
-        self.logits[view, rows] = logits.detach().float().cpu()
-
-
 @dataclass
 class Run:
     """What a stage leaves: its settings, history, scores and files. `student()` loads its best net."""
@@ -2060,7 +2089,8 @@ def checked_stage(cfg, data, teacher, out, fresh, device):
 def run_stage(cfg, data, teacher=None, out=None, fresh=False, device=None):
     """Train one stage, or load it where it is finished, and write <out>/<stage>.csv. Returns its Run.
 
-    The parameter limit is checked before anything is decoded or trained; the teacher is checksummed before and after.
+    The parameter limit is checked before anything is decoded or trained. The teacher is checksummed before and after:
+    RuntimeError where it was changed.
     """
     device, teacher = device or pick_device(), teacher if cfg.needs_teacher else None
     student, folder, facts = checked_stage(cfg, data, teacher, out, fresh, device)
@@ -2078,19 +2108,6 @@ def finish_stage(student, valid_loader, cfg, data, history, folder):
               count_macs(student, cfg.image_size), score["valid_acc"], score["n"], Path(folder).with_suffix(".csv"))
     submit(student, data, cfg, run.csv, valid_loader.device)
     return run
-
-
-def submit(student, data, cfg, path, device, tta=False):
-    """Predict the evaluation images, write the CSV and validate it. Where labels are known, say the accuracy."""
-    split = load_data(data, "evaluation", "eval", cfg.image_size)
-    whole = load_data(data, "evaluation", "whole", cfg.image_size) if tta else None
-    classes = predict(student, split, cfg, device, whole)
-    if rank_and_world()[0] == 0:
-        write_submission(path, split.ids, classes)
-        validate_submission(path, split.ids)
-    if (split.labels >= 0).all():
-        accuracy = (classes == split.labels).double().mean().item()
-        say(f"accuracy on {len(classes)} evaluation images of {data.origin}: {plus_minus(accuracy, len(classes))}")
 
 
 def run(data, stages=tuple(STAGES), teacher=None, out=None, fresh=False, length="full", final=None, **overrides):
@@ -2167,50 +2184,6 @@ def final_fit(validated, data, teacher=None, out=None, fresh=False, submit_it=Fa
     if submit_it:
         copy_submission(path, data, out, f"the final fit of {validated.name}, as asked")
     return path
-
-
-def write_best(runs, data, out=None):
-    """Copy the CSV of the best run by validation accuracy to submission.csv and return its path.
-
-    For the demo set it is submission_demo.csv. A public copy of Food-11 gets none, for its ids are not the homework's:
-    None is returned and that is said.
-    """
-    best = max(runs, key=lambda run: run.valid_acc)
-    return copy_submission(best.csv, data, out, f"{best.name} has the best validation accuracy, "
-                           f"{plus_minus(best.valid_acc, best.n_valid)} ({best.n_valid} images, {data.origin})")
-
-
-def copy_submission(csv_path, data, out, why):
-    """Copy a CSV to submission.csv (submission_demo.csv for the demo set), say why, and return the path or None."""
-    if data.class_folders:
-        say("no submission.csv: the evaluation images of a public copy of Food-11 are not the homework's")
-        return None
-    path = Path(out or default_out()) / ("submission_demo.csv" if data.is_demo else "submission.csv")
-    if rank_and_world()[0] == 0:
-        write_text(path, csv_path.read_text())
-    say(f"{path} is {csv_path}: {why}")
-    return path
-
-
-def stage_table(runs):
-    """A DataFrame with a row a stage: parameters, multiply-adds, validation accuracy +- standard error, time, file."""
-    return pd.DataFrame([{
-        "stage": run.name, "parameters": run.n_params, "multiply-adds (M)": round(run.macs / 1e6, 1),
-        "validation accuracy": round(run.valid_acc, 4), "+- s.e.": round(standard_error(run.valid_acc, run.n_valid), 4),
-        "epochs": len(run.history), "seconds": round(run.history["seconds"].sum()), "file": str(run.csv),
-    } for run in runs]).set_index("stage")
-
-
-def accuracy_table(labels, predictions, caption):
-    """A DataFrame of accuracy +- standard error, a row for each {name: predicted classes (N,)}."""
-    rows = {name: (classes == labels).double().mean().item() for name, classes in predictions.items()}
-    return pd.DataFrame([{caption: name, "accuracy": round(a, 4), "+- s.e.": round(standard_error(a, len(labels)), 4)}
-                         for name, a in rows.items()]).set_index(caption)
-
-
-TEACHER_CONFIG = Config(exp_name="teacher", student="resnet18", crop_scale=(0.5, 1.0), batch_size=128, lr=1e-3,
-                        optimizer="adamw", weight_decay=0.05, lr_schedule="cosine", warmup_epochs=5.0, n_epochs=200)
-DEMO_TEACHER_SETTINGS = {"image_size": 64, "batch_size": 32, "warmup_epochs": 1.0, "n_epochs": 7}
 
 
 def train_teacher(data, out=None, cfg=None, fresh=False):
@@ -2304,17 +2277,46 @@ def validate_submission(path, ids):
         raise UserError(f"{path}: {len(rows) - 1} rows, wanted are {n}")
     ids = [f"{i:04d}" for i in range(n)] if isinstance(ids, int) else ids
     for number, (row, wanted) in enumerate(zip(rows[1:], ids, strict=True), 2):
-        name = row[0] if row else ""
-        wrong = (
-            f"{len(row)} columns, wanted are 2" if len(row) != 2 else
-            f"the class is {row[1]!r}, allowed are 0 to {NUM_CLASSES - 1}" if not re.fullmatch("[0-9]|10", row[1]) else
-            None if name == wanted else
-            f"the id {name!r} is there twice" if name in ids[:number - 2] else
-            f"the id {name!r} is not written like {wanted!r}" if len(name) != len(wanted) else
-            f"the id is {name!r}, wanted in this order is {wanted!r}")
-        if wrong:
-            raise UserError(f"{path}, row {number}: {wrong}")
+        if len(row) != 2 or row[0] != wanted or not re.fullmatch("[0-9]|10", row[1]):
+            raise UserError(f"{path}, row {number} is {','.join(row)!r}: wanted are the id {wanted!r}, a comma and a "
+                            f"class from 0 to {NUM_CLASSES - 1}")
     return n
+
+
+def submit(student, data, cfg, path, device, tta=False):
+    """Predict the evaluation images, write the CSV and validate it. Where labels are known, say the accuracy."""
+    split = load_data(data, "evaluation", "eval", cfg.image_size)
+    whole = load_data(data, "evaluation", "whole", cfg.image_size) if tta else None
+    classes = predict(student, split, cfg, device, whole)
+    if rank_and_world()[0] == 0:
+        write_submission(path, split.ids, classes)
+        validate_submission(path, split.ids)
+    if (split.labels >= 0).all():
+        accuracy = (classes == split.labels).double().mean().item()
+        say(f"accuracy on {len(classes)} evaluation images of {data.origin}: {plus_minus(accuracy, len(classes))}")
+
+
+def write_best(runs, data, out=None):
+    """Copy the CSV of the best run by validation accuracy to submission.csv and return its path.
+
+    For the demo set it is submission_demo.csv. A public copy of Food-11 gets none, for its ids are not the homework's:
+    None is returned and that is said.
+    """
+    best = max(runs, key=lambda run: run.valid_acc)
+    return copy_submission(best.csv, data, out, f"{best.name} has the best validation accuracy, "
+                           f"{plus_minus(best.valid_acc, best.n_valid)} ({best.n_valid} images, {data.origin})")
+
+
+def copy_submission(csv_path, data, out, why):
+    """Copy a CSV to submission.csv (submission_demo.csv for the demo set), say why, and return the path or None."""
+    if data.class_folders:
+        say("no submission.csv: the evaluation images of a public copy of Food-11 are not the homework's")
+        return None
+    path = Path(out or default_out()) / ("submission_demo.csv" if data.is_demo else "submission.csv")
+    if rank_and_world()[0] == 0:
+        write_text(path, csv_path.read_text())
+    say(f"{path} is {csv_path}: {why}")
+    return path
 
 
 def download_link(path):
@@ -2337,20 +2339,35 @@ def stage_style(name):
     return dict(zip(("color", "marker"), STAGE_STYLES.get(name, ("#777777", "x")), strict=True))
 
 
+class _Figure(plt.Figure):
+    """A Figure that a notebook shows with its title as the alt text, for who cannot see it."""
+
+    def _repr_html_(self):
+        buffer, title = io.BytesIO(), html.escape(" ".join(self.get_suptitle().split()))
+        self.savefig(buffer, format="png")
+        png = base64.b64encode(buffer.getvalue()).decode()
+        return f'<img alt="{title}" style="max-width:100%" src="data:image/png;base64,{png}">'
+
+    def _ipython_display_(self):
+        """Called by IPython: as HTML alone, for a picture output has no alt text when a notebook is rendered."""
+        from IPython.display import HTML, display
+        display(HTML(self._repr_html_()))
+
+
 def _figure(title, rows=1, columns=1, width=8.0, height=3.2):
     """(Figure, (rows, columns) array of Axes); closed in pyplot, so that a notebook shows it once, as a value."""
-    figure = plt.figure(figsize=(width, height), dpi=80, layout="constrained")
+    figure = plt.figure(figsize=(width, height), dpi=80, layout="constrained", FigureClass=_Figure)
     plt.close(figure)
     figure.suptitle(title, fontsize=11)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def _picture(axes, image, title=""):
-    """Draw a (3, H, W) uint8 or normalised float image."""
-    if image.is_floating_point():
+    """Draw a (3, H, W) uint8 or normalised float image, or a map (H, W) of any numbers."""
+    if image.ndim == 3 and image.is_floating_point():
         mean, std = _mean_and_std(torch.device("cpu"))
         image = (image.cpu() * std + mean).clamp(0, 255).byte()
-    axes.imshow(image.permute(1, 2, 0).numpy())
+    axes.imshow(image.movedim(0, -1).numpy() if image.ndim == 3 else image.numpy())
     axes.set_title(title, fontsize=8)
     axes.axis("off")
 
@@ -2384,14 +2401,48 @@ def plot_views(loader, n_images=3, n_views=6):
     return _grid(title, itertools.chain(*cells), n_images, n_views, 9, 1.5 * n_images)
 
 
-def plot_throughput(rates, origin):
-    """Bars of images a second: {loader's name: rate}."""
-    figure, ((ax,),) = _figure(f"images a second, each loader alone: {origin}", height=0.7 + 0.5 * len(rates))
-    bars = ax.barh(list(rates), list(rates.values()), color="#56B4E9", edgecolor="black")
-    ax.bar_label(bars, fmt="{:,.0f}", padding=3)
+def plot_epoch_parts(parts, origin):
+    """Stacked bars of where an epoch's seconds go: {loader's name: what `epoch_parts` returns}."""
+    figure, ((ax,),) = _figure(f"seconds of an epoch under each loader: {origin}", height=1.2 + 0.5 * len(parts))
+    pd.DataFrame(parts).T.plot.barh(ax=ax, stacked=True, color=["#E69F00", "#56B4E9"], edgecolor="black", width=0.7)
+    ax.bar_label(ax.containers[-1], [f"{sum(p.values()):,.1f} s" for p in parts.values()], padding=3)
     ax.invert_yaxis()
     ax.margins(x=0.12)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.4, -0.12), ncols=2, frameon=False, fontsize=8)
     return figure
+
+
+def plot_lines(frame, title, ylabel, **axes):
+    """Each column of a DataFrame as a line over its index; what follows is set on the axes (xscale="log", ...)."""
+    figure, ((ax,),) = _figure(title, width=7)
+    for name, style in zip(frame, itertools.cycle("osD^v")):
+        ax.plot(frame.index, frame[name], marker=style, markersize=5, label=name)
+    ax.set(xlabel=frame.index.name, ylabel=ylabel, **axes)
+    ax.set_xticks(frame.index, [f"{x:g}" for x in frame.index], minor=False)
+    ax.legend(fontsize=8)
+    return figure
+
+
+def attention_map(model, images, layer):
+    """How active a layer is at each place: mean square over its channels, (B, H, W) (Zagoruyko, Komodakis 2017)."""
+    with evaluation_mode(model) as device, feature_hooks(model, [layer]) as maps:
+        model(images.to(device))
+    return maps[layer].float().square().mean(1).cpu()
+
+
+def plot_attention(images, nets, layer, origin):
+    """Pictures (B, 3, S, S), and below them where a layer of each net looks: {name: net}, the teacher first.
+
+    The number is the correlation of a map with the first net's.
+    """
+    maps = {name: attention_map(net, images, layer) for name, net in nets.items()}
+    side = min(m.shape[-1] for m in maps.values())
+    maps = {name: F.adaptive_avg_pool2d(m, side) for name, m in maps.items()}
+    first, cells = next(iter(maps.values())), [(image, "") for image in images]
+    for name, own in maps.items():
+        alike = [torch.corrcoef(torch.stack([a.ravel(), b.ravel()]))[0, 1] for a, b in zip(own, first, strict=True)]
+        cells += [(m, name if own is first else f"{name}, {r:+.2f}") for m, r in zip(own, alike, strict=True)]
+    return _grid(f"where {layer} is active: {origin}", cells, len(nets) + 1, len(images), 9, 1.6 * (len(nets) + 1))
 
 
 def plot_soft_labels(logits, image, temperatures, origin):
@@ -2399,26 +2450,16 @@ def plot_soft_labels(logits, image, temperatures, origin):
     figure, axes = _figure(f"the teacher's soft labels: {origin}", 1, len(temperatures) + 1, 11, 3.4)
     _picture(axes[0, 0], image)
     for i, (t, ax) in enumerate(zip(temperatures, axes[0, 1:], strict=True)):
-        ax.barh(CLASS_NAMES, soft_labels(logits, t).tolist(), color="#009E73", edgecolor="black")
+        ax.barh(CLASS_NAMES, soft_labels(logits, t).tolist(), color=stage_style("teacher")["color"])
         ax.set(xlim=(0, 1), title=f"T = {t:g}")
         ax.invert_yaxis()
         ax.tick_params(labelsize=8, labelleft=i == 0)
     return figure
 
 
-def dwpw_arithmetic(in_channels=128, out_channels=256, kernel_size=3, size=14):
-    """A DataFrame: weights and multiply-adds of a full convolution against depthwise + pointwise."""
-    depthwise, pointwise = in_channels * kernel_size**2, in_channels * out_channels
-    frame = pd.DataFrame({"weights": {"full convolution": pointwise * kernel_size**2, "depthwise": depthwise,
-                                      "pointwise": pointwise, "depthwise + pointwise": depthwise + pointwise}})
-    frame["multiply-adds (M)"] = (frame["weights"] * size**2 / 1e6).round(2)
-    frame["share of full"] = (frame["weights"] / frame["weights"].iloc[0]).round(3)
-    return frame
-
-
 def plot_history(runs, published=None):
     """Training loss and validation accuracy by epoch of several Runs; published {name: score} become dashed lines."""
-    figure, axes = _figure(f"learning curves: {runs[0].origin}", 1, 2, 10, 3.6)
+    figure, axes = _figure(f"learning curves of {', '.join(run.name for run in runs)}: {runs[0].origin}", 1, 2, 10, 3.6)
     for run in runs:
         style = stage_style(run.name) | {"markersize": 4, "linewidth": 1.4}
         for ax, key in zip(axes[0], ("train_loss", "valid_acc"), strict=True):
@@ -2452,24 +2493,134 @@ def plot_confusion(labels, classes, origin):
     return figure
 
 
-def plot_by_class(labels, predictions, origin):
-    """Accuracy by class of several nets: {name: predicted classes (N,)}."""
-    figure, ((ax,),) = _figure(f"validation accuracy by class: {origin}", width=9, height=3.6)
-    counts = {name: confusion_matrix(labels, classes) for name, classes in predictions.items()}
-    accuracy = {name: (c.diagonal() / c.sum(1).clamp(min=1)).tolist() for name, c in counts.items()}
-    colors = [stage_style(name)["color"] for name in accuracy]
-    pd.DataFrame(accuracy, CLASS_NAMES).plot.bar(ax=ax, width=0.8, color=colors, edgecolor="black", ylim=(0, 1))
-    ax.set_xticks(range(NUM_CLASSES), CLASS_NAMES, rotation=30, ha="right", fontsize=8)
-    ax.legend(fontsize=8, ncols=len(predictions), loc="lower center")
+def plot_calibration(labels, logits, origin, bins=10):
+    """Accuracy against confidence of several nets, {name: logits (N,11)}; on the diagonal a net knows how sure it is.
+
+    ECE is the mean distance from the diagonal, weighted by the images of each bin (Guo et al. 2017).
+    """
+    figure, ((ax,),) = _figure(f"calibration, validation: {origin}", width=6, height=4)
+    ax.plot([0, 1], [0, 1], color="#BBBBBB", ls="--")
+    for name, z in logits.items():
+        confidence, classes = soft_labels(z, 1.0).max(1)
+        rows = pd.DataFrame({"confidence": confidence.double(), "right": (classes == labels).double()})
+        means = rows.groupby((rows["confidence"] * bins).clip(upper=bins - 1).astype(int)).agg(["mean", "size"])
+        x, y, n = means["confidence", "mean"], means["right", "mean"], means["right", "size"]
+        ax.plot(x, y, label=f"{name}: ECE {(abs(x - y) * n).sum() / n.sum():.3f}", **stage_style(name))
+    ax.set(xlabel="confidence (largest probability)", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
+    ax.legend(fontsize=8)
     return figure
 
 
-def plot_mistakes(split, classes, n=12):
-    """A grid of images that were classified wrongly, with the true and the predicted class."""
-    wrong, rows = (classes != split.labels).nonzero()[:, 0].tolist(), math.ceil(n / 6)
-    title = f"{len(wrong)} mistakes on {len(split)} {split.name} images (first {min(n, len(wrong))}): {split.origin}"
+def plot_mistakes(split, classes, right=None, n=12):
+    """A grid of images that were classified wrongly, with the true and the predicted class.
+
+    right: classes of another net, (N,); shown are the mistakes of the one that the other gets right.
+    """
+    mistaken = (classes != split.labels) & (right == split.labels if right is not None else True)
+    wrong, rows = mistaken.nonzero()[:, 0].tolist(), math.ceil(n / 6)
+    what = "mistakes" if right is None else "mistakes of the student that the teacher gets right"
+    title = f"{len(wrong)} {what}, {len(split)} {split.name} images (first {min(n, len(wrong))}): {split.origin}"
     cells = [(split.images[i], f"{CLASS_NAMES[split.labels[i]]}\nnot {CLASS_NAMES[classes[i]]}") for i in wrong[:n]]
     return _grid(title, cells, rows, 6, 10, 2 * rows)
+
+
+# --- tables, and the course's report questions ------------------------------------------------------------------------
+
+def stage_table(runs):
+    """A DataFrame with a row a stage: parameters, multiply-adds, validation accuracy +- standard error, time, file."""
+    return pd.DataFrame([{
+        "stage": run.name, "parameters": run.n_params, "multiply-adds (M)": round(run.macs / 1e6, 1),
+        "validation accuracy": round(run.valid_acc, 4), "+- s.e.": round(standard_error(run.valid_acc, run.n_valid), 4),
+        "epochs": len(run.history), "seconds": round(run.history["seconds"].sum()), "file": str(run.csv),
+    } for run in runs]).set_index("stage")
+
+
+def accuracy_table(labels, predictions, caption):
+    """A DataFrame of accuracy +- standard error, a row for each {name: predicted classes (N,)}."""
+    rows = {name: (classes == labels).double().mean().item() for name, classes in predictions.items()}
+    return pd.DataFrame([{caption: name, "accuracy": round(a, 4), "+- s.e.": round(standard_error(a, len(labels)), 4)}
+                         for name, a in rows.items()]).set_index(caption)
+
+
+def dwpw_arithmetic(in_channels=128, out_channels=256, kernel_size=3, size=14):
+    """A DataFrame: weights and multiply-adds of a full convolution against depthwise + pointwise."""
+    depthwise, pointwise = in_channels * kernel_size**2, in_channels * out_channels
+    frame = pd.DataFrame({"weights": {"full convolution": pointwise * kernel_size**2, "depthwise": depthwise,
+                                      "pointwise": pointwise, "depthwise + pointwise": depthwise + pointwise}})
+    frame["multiply-adds (M)"] = (frame["weights"] * size**2 / 1e6).round(2)
+    frame["share of full"] = (frame["weights"] / frame["weights"].iloc[0]).round(3)
+    return frame
+
+
+def gradient_sizes(student_logits, labels, teacher_logits, temperatures):
+    """How hard each term of the loss pulls at a picture's student logits: a DataFrame, a row a temperature.
+
+    The mean norm over the batch of the gradient of KL alone, of T^2 KL and of CE. Logits (B, 11), labels (B,).
+    """
+    def size(alpha, temperature):
+        logits = student_logits.detach().float().requires_grad_()
+        loss_fn_kd(logits, labels, teacher_logits, alpha, temperature).backward()
+        return logits.grad.norm(dim=1).sum().item()
+
+    rows = [(size(1.0, t) / t**2, size(1.0, t), size(0.0, t)) for t in temperatures]
+    return pd.DataFrame(rows, index=pd.Index(temperatures, name="temperature"), columns=["KL", "T^2 KL", "CE"])
+
+
+def temperature_table(cfg, temperatures, data, teacher, device, n_epochs=10):
+    """A DataFrame: validation accuracy +- standard error of short trainings that differ in their temperature alone.
+
+    Nothing is written.
+    """
+    rows = []
+    for temperature in temperatures:
+        short = replace(cfg, temperature=temperature, n_epochs=min(n_epochs, cfg.n_epochs))
+        net, (train, valid) = build_student(short).to(device), build_loaders(short, data, device)
+        fit(net, train, valid, short, teacher)
+        score = evaluate(net, valid)
+        rows.append((score["valid_acc"], standard_error(score["valid_acc"], score["n"])))
+    return pd.DataFrame(rows, index=pd.Index(temperatures, name="temperature"), columns=["accuracy", "+- s.e."])
+
+
+def prune_unstructured(model, share):
+    """A copy in which the smallest weights of every convolution are zero: `share` of them, by L1 (torch's own)."""
+    model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # which torch's pruning wants
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            prune.l1_unstructured(module, "weight", share)
+            prune.remove(module, "weight")
+    return model.to(memory_format=torch.channels_last)
+
+
+def prune_structured(model, share):
+    """A copy of a ResNet-18 or -34 with thinner blocks: `share` of each block's inner channels are gone, by L1 norm.
+
+    Those between its two convolutions, for no shortcut passes there, so that the tensors really become smaller.
+    """
+    model = copy.deepcopy(model)
+    for block in model.modules():
+        if isinstance(block, torchvision.models.resnet.BasicBlock):
+            norms = block.conv1.weight.abs().sum((1, 2, 3))
+            keep = norms.topk(max(1, round((1 - share) * len(norms)))).indices
+            norm = block.bn1
+            for tensor in (block.conv1.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var):
+                tensor.data = tensor.data[keep]
+            block.conv2.weight.data = block.conv2.weight.data[:, keep]
+    return model.to(memory_format=torch.channels_last)
+
+
+def pruning_table(model, loader, shares=(0.0, 0.2, 0.4, 0.6, 0.8)):
+    """A DataFrame: accuracy on a loader, weights that are not zero, and milliseconds an image, by kind and share."""
+    rows = []
+    evaluate(model, loader)  # the first pass is slower
+    for share, prune_it in itertools.product(shares, (prune_unstructured, prune_structured)):
+        net = prune_it(model, share)
+        start = time.perf_counter()
+        score = evaluate(net, loader)
+        milliseconds = 1000 * (time.perf_counter() - start) / score["n"]
+        weights = sum(int((p != 0).sum()) for p in net.parameters()) / 1e6
+        rows.append((share, prune_it.__name__.removeprefix("prune_"), score["valid_acc"], weights, milliseconds))
+    columns = ["pruned share", "pruning", "accuracy", "weights (M)", "ms an image"]
+    return pd.DataFrame(rows, columns=columns).pivot(index=columns[0], columns=columns[1]).round(3)
 
 
 # =====================================================================================================================

@@ -33,6 +33,14 @@ def test_the_published_boss_breaks_the_limit():
         h.check_budget(net)
 
 
+def test_a_builder_of_ones_own_is_found_by_its_name(monkeypatch):
+    monkeypatch.setitem(h.STUDENTS, "mine", lambda cfg: nn.Linear(cfg.stem_width, 11))
+    assert h.build_student(h.get_config("boss", student="mine")).in_features == 16
+    assert h.parse_setting("student=mine") == ("student", "mine")
+    with pytest.raises(h.UserError, match="student='yours': allowed is one of sample, dwpw, ir, mine, resnet18"):
+        h.build_student(h.Config(student="yours"))
+
+
 def test_dwpw_conv_is_the_courses_block():
     block = h.dwpw_conv(8, 16)
     assert [type(m) for m in block] == [nn.Conv2d, nn.BatchNorm2d, nn.LeakyReLU] * 2

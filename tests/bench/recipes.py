@@ -308,7 +308,10 @@ class Recipe:
 TEACH = dataclasses.replace(
     h.STAGES["simple"], loss_fn_type="KD", alpha=1.0, temperature=4.0, crop_scale=(0.35, 1.0), optimizer="adamw",
     weight_decay=0.02, lr=4e-3, lr_schedule="cosine", warmup_epochs=1.0, batch_size=64, grad_norm_max=10.0)
-DWPW_BOSS = dataclasses.replace(h.STAGES["boss"], **DWPW)
+# Boss as it was published, and its legal plain form.
+DWPW_BOSS = dataclasses.replace(
+    h.STAGES["boss"], **DWPW, temperature=20.0, optimizer="adam", lr=1e-3, lr_schedule="constant", warmup_epochs=0.0,
+    weight_decay=1e-5, batch_size=128, patience=60)
 LAYERS = ((24, 2, 2), (32, 3, 2), (48, 2, 2))
 
 
@@ -380,15 +383,15 @@ RECIPES = {
     "r_cutmix": taught(cutmix=1.0),
     "r_mix": taught(mixup=0.8, cutmix=0.5),
     # the last stage with one thing changed
-    "beyond_mix": Recipe(dataclasses.replace(h.STAGES["beyond"], mixup=0.8, cutmix=0.5)),
-    "beyond_align": Recipe(dataclasses.replace(h.STAGES["beyond"], align_weights=(3.0, 2.0, 1.0)), replay=False),
-    "beyond_handover": Recipe(dataclasses.replace(
-        h.STAGES["beyond"], align_weights=(3.0, 2.0, 1.0), loss_schedule="handover", temperature=20.0), replay=False),
-    "beyond_ce": Recipe(dataclasses.replace(h.STAGES["beyond"], alpha=0.5)),
+    "beyond_pure": Recipe(dataclasses.replace(h.STAGES["beyond"], alpha=1.0)),
     "beyond_labels": Recipe(dataclasses.replace(h.STAGES["beyond"], alpha=0.1)),
     "beyond_t2": Recipe(dataclasses.replace(h.STAGES["beyond"], temperature=2.0)),
-    "beyond_t2_ce": Recipe(dataclasses.replace(h.STAGES["beyond"], temperature=2.0, alpha=0.5)),
+    "beyond_t8": Recipe(dataclasses.replace(h.STAGES["beyond"], temperature=8.0)),
+    "beyond_mix": Recipe(dataclasses.replace(h.STAGES["beyond"], mixup=0.8, cutmix=0.5)),
     "beyond_ema": Recipe(dataclasses.replace(h.STAGES["beyond"], ema_decay=0.998)),
+    "beyond_align": Recipe(dataclasses.replace(h.STAGES["beyond"], align_weights=(3.0, 2.0, 1.0)), replay=False),
+    "beyond_handover": Recipe(dataclasses.replace(
+        h.STAGES["beyond"], align_weights=(3.0, 2.0, 1.0), loss_schedule="handover"), replay=False),
 }
 
 
@@ -477,16 +480,18 @@ def table(args):
             frame.loc[name, "its s.e."] = (difference.std() / len(difference) ** 0.5).item()
     frame = frame.sort_values("accuracy", ascending=False)
     print(frame.round(4).to_string())
-    figure = plt.figure(figsize=(12, 4.5), dpi=80, layout="constrained")
+    figure = plt.figure(figsize=(13, 4.5), dpi=80, layout="constrained")
     figure.suptitle(f"the photo set (not Food-11), {args.size} px, {args.epochs} epochs: validation accuracy +- s.e.")
-    for i, (key, label) in enumerate((("parameters", "parameters"), ("macs_224", "multiply-adds at 224 px"),
-                                      ("cpu_seconds", "processor seconds")), 1):
-        axes = figure.add_subplot(1, 3, i, xlabel=label)
-        axes.errorbar(frame[key], frame.accuracy, frame.se, fmt="o", color="#0072B2", ecolor="#BBBBBB")
-        for name, row in frame.iterrows():
-            axes.annotate(name, (row[key], row.accuracy), fontsize=7, xytext=(3, 2), textcoords="offset points")
-        if key == "parameters":
-            axes.axvline(h.PARAM_LIMIT, color="#D55E00", ls="--", lw=1)
+    axes = figure.subplots(1, 3, sharey=True)
+    for number, (name, row) in enumerate(frame.iterrows()):
+        style = {"color": plt.cm.tab10(number % 10), "marker": "osD^vP*X"[number % 8]}
+        for ax, key in zip(axes, ("parameters", "macs_224", "cpu_seconds"), strict=True):
+            ax.errorbar(row[key], row.accuracy, row.se, ecolor="#BBBBBB", label=f"{row.accuracy:.3f} {name}", **style)
+    axes[0].axvline(h.PARAM_LIMIT, color="#D55E00", ls="--", lw=1)
+    labels = ("parameters (dashed: the limit)", "multiply-adds at 224 px", "processor seconds")
+    for ax, label in zip(axes, labels, strict=True):
+        ax.set(xlabel=label)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.savefig(RESULTS / f"recipes-{budget_name(args)}.png")
 
 
