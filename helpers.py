@@ -16,7 +16,6 @@ Sections, in the notebook's order:
 
 import argparse
 import ast
-import base64
 import contextlib
 import copy
 import csv
@@ -25,7 +24,6 @@ import dataclasses
 import datetime
 import fcntl
 import functools
-import glob
 import hashlib
 import html
 import inspect
@@ -95,7 +93,7 @@ class Config:
     exp_name: str = _key("simple", "name of the stage and of its folder")
     seed: int = _key(20220013, "all randomness is a function of (seed, epoch)", 0, 2**31 - 1)
     image_size: int = _key(224, "pixels a side that the networks see", 40, 512)
-    # The student: its builder in STUDENTS (or TEACHERS, for train_teacher). The sample net has no settings; of the
+    # The student: its builder in STUDENTS. The sample net has no settings; of the
     # others, widths, depths and strides have one entry a layer.
     student: str = _key("sample", "name of the builder")
     stem_width: int = _key(48, "channels after the stem", 1, 1024)
@@ -160,8 +158,7 @@ class Config:
     @property
     def needs_teacher(self):
         """Whether any term of the loss asks for a teacher (alpha 0 without alignment does not)."""
-        return self.loss_fn_type == "KD" and (
-            self.alpha > 0 or any(self.align_weights) or self.loss_schedule == "handover")
+        return self.loss_fn_type == "KD" and any((self.alpha, *self.align_weights, self.loss_schedule == "handover"))
 
 
 def _checked(f, value):
@@ -376,7 +373,7 @@ def written_whole(path, keep_as=None):
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # by a killed process, a day ago or more
+        for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a killed process, a day ago or more
             if time.time() - left.stat().st_mtime > 86_400:
                 left.unlink(missing_ok=True)
         yield temporary
@@ -516,8 +513,10 @@ def find_data(root=None):
     folder is not usable, and on Kaggle where no input is attached.
     """
     named = root or os.environ.get("HW13_DATA")
-    here = [] if on_kaggle() else filter(Path.is_dir, (Path("Food-11"), Path("data/Food-11")))
-    folder = named or next(itertools.chain(_kaggle_mounts(), here), None)
+    mounts = [folder for folder, names, _ in _walk_inputs() if {"training", "validation"} <= names]
+    mounts.sort(key=lambda folder: (COMPETITION not in folder.parts, str(folder)))
+    here = [] if on_kaggle() else [folder for folder in (Path("Food-11"), Path("data/Food-11")) if folder.is_dir()]
+    folder = named or next(iter(mounts + here), None)
     if folder is None and on_kaggle():
         raise UserError(f"no Food-11 under {kaggle_root() / 'input'}: press 'Add Input', attach the competition "
                         f"'{COMPETITION}' (or a public copy of Food-11) and run again")
@@ -529,12 +528,6 @@ def _walk_inputs():
     for folder, names, files in os.walk(kaggle_root() / "input"):
         yield Path(folder), set(names), files
         names[:] = [n for n in names if not n.startswith(".") and not (n in SPLITS and "validation" in names)]
-
-
-def _kaggle_mounts():
-    """Folders under /kaggle/input that hold training/ and validation/, the competition's first."""
-    found = [folder for folder, names, _ in _walk_inputs() if {"training", "validation"} <= names]
-    return sorted(found, key=lambda folder: (COMPETITION not in folder.parts, str(folder)))
 
 
 def attached_files(name):
@@ -574,15 +567,13 @@ def _class_folders(folder):
     """{folder: label} of the class folders in a split, matched by name; {} for the flat layout."""
     numbers = {_normalised(name): k for k, name in enumerate(CLASS_NAMES)}
     paths = [p for p in sorted(folder.iterdir()) if p.is_dir() and not p.name.startswith((".", "__"))]
-    folders = {path: _normalised(path.name) for path in paths}
+    folders = {path: numbers.get(_normalised(path.name)) for path in paths}
     found = Counter(folders.values())
-    for path, name in folders.items():
-        if name not in numbers or found[name] > 1:
-            raise UserError(f"{path} is no class of Food-11, or is there twice; wanted are {', '.join(CLASS_NAMES)}")
-    missing = [CLASS_NAMES[k] for name, k in numbers.items() if name not in found]
-    if folders and missing:
-        raise UserError(f"{folder} has no folder for {', '.join(missing)}")
-    return {path: numbers[name] for path, name in folders.items()}
+    stray = [path.name for path, k in folders.items() if k is None or found[k] > 1]
+    missing = [f"{name} (missing)" for k, name in enumerate(CLASS_NAMES) if k not in found]
+    if folders and stray + missing:
+        raise UserError(f"{folder}: wanted is one folder a class of Food-11; amiss are {', '.join(stray + missing)}")
+    return folders
 
 
 def _normalised(name):
@@ -917,8 +908,7 @@ def sample_affine(aspects, cfg, generator):
         return 1 - 2 * (torch.rand(n, dtype=torch.float64, generator=generator) < probability).double()
 
     x, y, wide, high = sample_crops(aspects, cfg.crop_scale, cfg.crop_ratio, generator)
-    flip_x, flip_y = flip(cfg.hflip), flip(cfg.vflip)
-    crop = _matrix(wide * flip_x, 0, 0, high * flip_y, x, y)
+    crop = _matrix(wide * flip(cfg.hflip), 0, 0, high * flip(cfg.vflip), x, y)
     # Undone in reverse order. torchvision's rotate turns counter-clockwise and its affine clockwise.
     turns = [sign * math.pi / 180 * uniform(limit) for sign, limit in ((-1, cfg.affine), (1, cfg.rotation)) if limit]
     undo, frames = torch.eye(3, dtype=torch.float64).expand(n, 3, 3), []
@@ -1073,14 +1063,10 @@ def dwpw_conv(in_channels, out_channels, kernel_size=3, stride=2, padding=1):
     A depthwise k x k convolution sees space, a pointwise 1 x 1 convolution mixes channels (Howard et al. 2017,
     MobileNets): k*k*in + in*out weights instead of k*k*in*out.
     """
-    return nn.Sequential(
-        nn.Conv2d(in_channels, in_channels, kernel_size, stride, padding, groups=in_channels),
-        nn.BatchNorm2d(in_channels),
-        nn.LeakyReLU(0.01),
-        nn.Conv2d(in_channels, out_channels, 1),
-        nn.BatchNorm2d(out_channels),
-        nn.LeakyReLU(0.01),
-    )
+    depthwise = nn.Conv2d(in_channels, in_channels, kernel_size, stride, padding, groups=in_channels)
+    pointwise = nn.Conv2d(in_channels, out_channels, 1)
+    return nn.Sequential(depthwise, nn.BatchNorm2d(in_channels), nn.LeakyReLU(0.01),
+                         pointwise, nn.BatchNorm2d(out_channels), nn.LeakyReLU(0.01))
 
 
 def sample_student(cfg):
@@ -1114,9 +1100,8 @@ def dwpw_student(cfg):
 
 def conv_bn(in_channels, out_channels, kernel_size=1, stride=1, groups=1, activate=True):
     """A convolution without bias, batch norm and, unless activate=False, hard-swish (Howard et al. 2019)."""
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=False),
-        nn.BatchNorm2d(out_channels), *([nn.Hardswish()] if activate else []))
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels), *([nn.Hardswish()] if activate else []))
 
 
 class InvertedResidual(nn.Module):
@@ -1150,13 +1135,13 @@ def ir_student(cfg):
     return stacked(cfg, conv_bn(3, cfg.stem_width, 3, 2), block)
 
 
-def _resnet(name):
-    """A builder for torchvision's ResNet `name` with 11 classes and fresh weights: a teacher of one's own."""
-    return lambda cfg: getattr(torchvision.models, name)(weights=None, num_classes=NUM_CLASSES)
+def resnet(cfg):
+    """torchvision's ResNet `cfg.student` with 11 classes and fresh weights: a teacher of one's own."""
+    return torchvision.models.get_model(cfg.student, num_classes=NUM_CLASSES)
 
 
-TEACHERS = {name: _resnet(name) for name in ("resnet18", "resnet34", "resnet50")}
-STUDENTS = {"sample": sample_student, "dwpw": dwpw_student, "ir": ir_student}
+STUDENTS = {"sample": sample_student, "dwpw": dwpw_student, "ir": ir_student,
+            "resnet18": resnet, "resnet34": resnet, "resnet50": resnet}
 
 
 def build_student(cfg):
@@ -1164,12 +1149,11 @@ def build_student(cfg):
 
     A builder of your own, Config -> nn.Module, goes into STUDENTS under a new name. UserError for an unknown one.
     """
-    builders = STUDENTS | TEACHERS
-    if cfg.student not in builders:
-        raise UserError(f"student={cfg.student!r}: allowed is one of {', '.join(builders)}")
+    if cfg.student not in STUDENTS:
+        raise UserError(f"student={cfg.student!r}: allowed is one of {', '.join(STUDENTS)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
-        return builders[cfg.student](cfg)
+        return STUDENTS[cfg.student](cfg)
 
 
 def get_student_model():
@@ -1194,27 +1178,24 @@ def check_budget(model, limit=PARAM_LIMIT):
 def evaluation_mode(model):
     """Eval mode and no gradients for the block; afterwards the model is in the mode that it was in."""
     training = model.training
-    model.eval()
     try:
         with torch.no_grad():
-            yield next(model.parameters()).device
+            yield next(model.eval().parameters()).device
     finally:
         model.train(training)
 
 
 def _trace(model, image_size):
     """[(name, output shape, parameters, multiply-adds)] for every call of a module that has parameters of its own."""
-    calls = []
+    calls, names = [], {module: name or "(model)" for name, module in model.named_modules()}
 
-    def record(name, module, inputs, output):
+    def record(module, inputs, output):
         own = sum(p.numel() for p in module.parameters(recurse=False))
         macs = output.numel() * module.weight[0].numel() if isinstance(module, (nn.Conv2d, nn.Linear)) else 0
-        calls.append((name or "(model)", tuple(output.shape[1:]), own, macs))
+        if own:
+            calls.append((names.get(module, "(hidden)"), tuple(output.shape[1:]), own, macs))
 
-    with contextlib.ExitStack() as hooks, evaluation_mode(model) as device:
-        for name, module in model.named_modules():
-            if next(module.parameters(recurse=False), None) is not None:
-                hooks.callback(module.register_forward_hook(functools.partial(record, name)).remove)
+    with evaluation_mode(model) as device, nn.modules.module.register_module_forward_hook(record):
         model(torch.zeros(1, 3, image_size, image_size, device=device))
     return calls
 
@@ -1247,10 +1228,9 @@ def load_weights(path):
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    if not isinstance(state, dict) or not state or not all(
-            isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()):
+    if not isinstance(state, dict):
         raise UserError(f"{path} is not loaded: it holds no state dict (names of layers -> tensors)")
-    return OrderedDict((re.sub(r"^((module|_orig_mod)\.)+", "", key), value) for key, value in state.items())
+    return OrderedDict((re.sub(r"^((module|_orig_mod)\.)+", "", str(key)), value) for key, value in state.items())
 
 
 class AveragedTeachers(nn.Module):
@@ -1278,17 +1258,15 @@ def load_teacher(path, device="cpu"):
 
 
 def _load_resnet(path):
-    """One of TEACHERS with the weights of a checkpoint."""
+    """The ResNet-18, -34 or -50 of a checkpoint, told apart by their layers."""
     state = load_weights(path)
-    teachers = (build(None) for build in TEACHERS.values())
-    teacher = next((net for net in teachers if net.state_dict().keys() == state.keys()), None)
-    if teacher is None:
-        raise UserError(f"{path} is not loaded: its tensors are not those of {', '.join(TEACHERS)}")
-    for key, wanted in teacher.state_dict().items():
-        shape = tuple(state[key].shape)
-        if shape != wanted.shape:
-            raise UserError(f"{path} is not loaded: {key} has shape {shape}, for 11 classes {tuple(wanted.shape)}")
-    teacher.load_state_dict(state)
+    name = "resnet34" if "layer1.2.conv1.weight" in state else "resnet18"
+    teacher = build_student(Config(student="resnet50" if "layer1.0.conv3.weight" in state else name))
+    try:
+        teacher.load_state_dict(state)
+    except RuntimeError as error:
+        why = " ".join(str(error).split())[:300]
+        raise UserError(f"{path} is not loaded: it is no ResNet of 11 classes ({why})") from None
     return teacher
 
 
@@ -1299,10 +1277,8 @@ def freeze(model):
 
 def state_checksum(model):
     """sha256 over all weights and buffers of a model, to prove that it was not changed."""
-    digest = hashlib.sha256()
-    for key, value in model.state_dict().items():
-        digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    parts = (key.encode() + value.cpu().numpy().tobytes() for key, value in model.state_dict().items())
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def soft_labels(logits, temperature):
@@ -1395,8 +1371,7 @@ def feature_hooks(model, layers):
 
     with contextlib.ExitStack() as hooks:
         for name in layers:
-            handle = model.get_submodule(name).register_forward_hook(functools.partial(keep, name))
-            hooks.callback(handle.remove)
+            hooks.enter_context(model.get_submodule(name).register_forward_hook(functools.partial(keep, name)))
         yield features
 
 
@@ -1432,20 +1407,23 @@ class DistillLoss(nn.Module):
         self.cfg, self.student, self.dtype = cfg, student, dtype
         if any(cfg.align_weights) and isinstance(teacher, AveragedTeachers):
             raise UserError(f"{cfg.exp_name} aligns layers, which wants a single teacher")
-        self.__dict__["teacher"] = teacher  # past nn.Module's notice: its weights are nobody's parameters
+        # Past nn.Module's notice: its weights are nobody's parameters, and train() does not reach it.
+        self.__dict__["teacher"] = None if teacher is None else freeze(teacher)
         self.layers = {f"layer{i}": w for i, w in enumerate(cfg.align_weights, 1) if w}
-        self.adapters = nn.ModuleDict(dict(self._adapters()))
+        self.adapters = nn.ModuleDict()
+        if self.layers:
+            image = torch.zeros(1, 3, cfg.image_size, cfg.image_size)
+            ours, theirs = (features_of(net, self.layers, image) for net in (student, teacher))
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(cfg.seed)
+                for name in self.layers:
+                    width, wanted = ours[name].shape[1], theirs[name].shape[1]
+                    self.adapters[name] = nn.Conv2d(width, wanted, 1) if width != wanted else nn.Identity()
         self.set_progress(0.0)
 
     def set_progress(self, progress):
         """Choose the weights for progress p = (epoch + 1) / n_epochs."""
         self.w_ce, self.w_kl, self.w_align = loss_weights(self.cfg, progress)
-
-    def train(self, mode=True):
-        super().train(mode)
-        if self.teacher is not None:
-            self.teacher.eval()
-        return self
 
     def forward(self, images, labels, teacher_logits=None):
         with self._autocast(images), feature_hooks(self.student, self.layers) as student_maps:
@@ -1466,21 +1444,12 @@ class DistillLoss(nn.Module):
     def _autocast(self, images):
         return torch.autocast(images.device.type, self.dtype, enabled=self.dtype is not None)
 
-    def _adapters(self):
-        shapes = [feature_shapes(net, self.layers, self.cfg.image_size) if self.layers else {}
-                  for net in (self.student, self.teacher)]
-        for name, (channels, *_) in shapes[0].items():
-            wanted = shapes[1][name][0]
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.cfg.seed)
-                yield name, nn.Conv2d(channels, wanted, 1) if channels != wanted else nn.Identity()
 
-
-def feature_shapes(model, layers, image_size):
-    """{layer: (C, H, W)} of a model's features for one image."""
+def features_of(model, layers, images):
+    """{layer: (B, C, H, W)}: what the named layers of a model give for images, in eval mode."""
     with evaluation_mode(model) as device, feature_hooks(model, layers) as maps:
-        model(torch.zeros(1, 3, image_size, image_size, device=device))
-    return {name: tuple(maps[name].shape[1:]) for name in layers}
+        model(images.to(device))
+    return maps
 
 
 def _kd(student, labels, teacher, alpha, t, first=F.log_softmax, second=F.softmax, reduction="batchmean", divisor=1,
@@ -1555,54 +1524,33 @@ def learning_rate(cfg, epoch):
     """The learning rate at a fractional epoch: linear warm-up, then constant or a half cosine down to zero."""
     if epoch < cfg.warmup_epochs:
         return cfg.lr * (epoch + 1e-3) / cfg.warmup_epochs
-    if cfg.lr_schedule == "constant":
-        return cfg.lr
-    rest = (epoch - cfg.warmup_epochs) / max(cfg.n_epochs - cfg.warmup_epochs, 1e-9)
-    return cfg.lr * (1 + math.cos(math.pi * min(rest, 1.0))) / 2
+    done = (epoch - cfg.warmup_epochs) / max(cfg.n_epochs - cfg.warmup_epochs, 1e-9)
+    return cfg.lr if cfg.lr_schedule == "constant" else cfg.lr * (1 + math.cos(math.pi * min(done, 1.0))) / 2
 
 
-class EarlyStopping:
-    """Remembers the best value and says when `patience` epochs have passed without a better one.
-
-    All that it knows follows from the `values` so far, so a resumed run needs no state of it.
-    """
-
-    def __init__(self, patience, values=()):
-        self.patience, self.best, self.since_best = patience, -1.0, 0
-        for value in values:
-            self.update(value)
-
-    def update(self, value):
-        """Take an epoch's value; True if it is the best so far."""
-        improved = value > self.best
-        self.best, self.since_best = (value, 0) if improved else (self.best, self.since_best + 1)
-        return improved
-
-    @property
-    def should_stop(self):
-        return self.since_best >= self.patience
-
-
-def stopper_of(history, patience):
-    """The EarlyStopping that has seen a history's rows."""
-    return EarlyStopping(patience, [row["valid_acc"] for row in history])
+def best_so_far(history):
+    """(best validation accuracy in a history's rows, epochs since then); an epoch without validation is never best."""
+    best, since = -1.0, 0
+    for row in history:
+        best, since = (row["valid_acc"], 0) if row["valid_acc"] > best else (best, since + 1)
+    return best, since
 
 
 def is_finished(history, cfg):
-    """Whether a run with this history has had all its epochs, or was stopped early."""
-    return len(history) >= cfg.n_epochs or stopper_of(history, cfg.patience).should_stop
+    """Whether a run with this history has had all its epochs, or `patience` of them without a better accuracy."""
+    return len(history) >= cfg.n_epochs or best_so_far(history)[1] >= cfg.patience
 
 
 class TrainState:
     """All that a run carries from epoch to epoch; state_dict() and load_state_dict() make resuming exact."""
 
     def __init__(self, loss_fn, cfg, device):
-        self.loss_fn, self.history, self.stopper = loss_fn, [], EarlyStopping(cfg.patience)
+        self.loss_fn, self.history = loss_fn, []
         self.optimizer = build_optimizer(cfg, loss_fn.parameters())
         self.scaler = torch.amp.GradScaler(device.type, enabled=loss_fn.dtype is torch.float16)
         self.ema = AveragedModel(loss_fn.student, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema_decay)) if (
             cfg.ema_decay) else None
-        self.best, self.improved = _copy_of(self.deployed), True  # the epoch with the best validation accuracy
+        self.best = _copy_of(self.deployed)  # of the epoch with the best validation accuracy
         parts = {"loss_fn": loss_fn, "optimizer": self.optimizer, "scaler": self.scaler}
         self.parts = parts | ({"ema": self.ema} if self.ema else {})
 
@@ -1616,7 +1564,6 @@ class TrainState:
 
     def load_state_dict(self, state):
         self.history, self.best = state["history"], state["best"]
-        self.stopper = stopper_of(self.history, self.stopper.patience)
         for name, part in self.parts.items():
             if state[name]:  # the scaler's is empty where the run was not in fp16
                 part.load_state_dict(state[name])
@@ -1709,8 +1656,7 @@ def predict_logits(model, loader):
     with evaluation_mode(model) as device:
         pairs = [(model(images.to(device, memory_format=torch.channels_last)).float(), labels)
                  for images, labels, *_ in loader]
-    logits, labels = (torch.cat(part).cpu() for part in zip(*pairs, strict=True))
-    return logits, labels
+    return tuple(torch.cat(part).cpu() for part in zip(*pairs, strict=True))
 
 
 def evaluate(model, loader):
@@ -1764,35 +1710,28 @@ def plus_minus(accuracy, n):
 class RunDisplay:
     """One progress bar over all epochs of a fit, with live loss and accuracy, and one line with the measured pace."""
 
-    def __init__(self, cfg, n_images, first_epoch, best):
-        self.cfg, self.epoch, self.best, self.told = cfg, first_epoch, max(best, 0), False
-        self.bar = progress_bar(cfg.n_epochs * n_images, cfg.exp_name, first_epoch * n_images)
-        self.start = self.drawn = time.perf_counter()
+    def __init__(self, cfg, n_images, history):
+        self.cfg, self.history, self.told = cfg, history, False
+        self.bar = progress_bar(cfg.n_epochs * n_images, cfg.exp_name, len(history) * n_images)
 
     def on_step(self, n, sums):
-        """Count a step of `n` images; once a second read the sums (loss * images, correct, images) and redraw."""
-        now = time.perf_counter()
-        self.bar.update(n * rank_and_world()[1])
-        if now - self.drawn > 1 and not self.bar.disable:
-            self.drawn, (loss, correct, images) = now, sums.tolist()
-            self.show(self.epoch + 1, loss / images, correct / images)
-            if now - self.start > 20 and not self.told:
-                self.tell_pace(now - self.start)
-
-    def on_epoch(self, row, best):
-        self.epoch, self.best = row["epoch"], best
-        self.show(self.epoch, row["train_loss"], row["train_acc"])
+        """Count a step of `n` images; where the bar redrew itself read the sums (loss * images, correct, images)."""
+        if self.bar.update(n * rank_and_world()[1]):
+            loss, correct, images = sums.tolist()
+            self.show(len(self.history) + 1, loss / images, correct / images)
+            if self.bar.format_dict["elapsed"] > 20 and not self.told:
+                self.tell_pace(self.bar.format_dict["elapsed"])
 
     def show(self, epoch, loss, accuracy):
+        """Write an epoch's loss and accuracy behind the bar."""
         self.bar.set_postfix_str(f"epoch {epoch}/{self.cfg.n_epochs}, loss {loss:.3f}, acc {accuracy:.3f}, "
-                                 f"best valid {self.best:.3f}", refresh=False)
+                                 f"best valid {max(best_so_far(self.history)[0], 0):.3f}", refresh=False)
 
     def tell_pace(self, seconds):
         """Say once, after so many `seconds`: the pace, the end, and whether Kaggle's session is long enough for it."""
         rate, self.told = (self.bar.n - self.bar.initial) / seconds, True
         left = datetime.timedelta(seconds=round((self.bar.total - self.bar.n) / rate))
-        end = f"{datetime.datetime.now() + left:%H:%M}"
-        text = f"{self.cfg.exp_name}: {rate:,.0f} images/s, {left} to go, ends about {end}"
+        text = f"{self.cfg.exp_name}: {rate:,.0f} images/s, {left} to go, till {datetime.datetime.now() + left:%H:%M}"
         if on_kaggle():
             rest = datetime.timedelta(hours=KAGGLE_HOURS, seconds=round(SESSION_START - time.time()))
             advice = ": choose LENGTH = 'lesson' or a smaller n_epochs, or go on in a second session"
@@ -1846,7 +1785,7 @@ def fit(student, train_loader, valid_loader, cfg, teacher=None, folder=None, fac
             say(describe_run(cfg, train_loader))
         views = TeacherViews(cfg, train_loader, state_checksum(teacher), loss_fn.dtype) if (
             cfg.teacher_views and cfg.needs_teacher) else None
-        save_run(state, folder, facts, starting=True, last=not is_finished(state.history, cfg))
+        save_run(state, folder, facts, last=not is_finished(state.history, cfg))
         try:
             train_epochs(state, train_loader, valid_loader, cfg, views, folder, facts)
         except KeyboardInterrupt:  # a notebook's stop button ends the training, not the cell
@@ -1862,7 +1801,7 @@ def train_epochs(state, train_loader, valid_loader, cfg, views, folder, facts):
     forward, device = state.loss_fn, next(state.loss_fn.parameters()).device
     if rank_and_world()[1] > 1:
         forward = nn.parallel.DistributedDataParallel(forward, [device] if device.type == "cuda" else None)
-    display = RunDisplay(cfg, len(train_loader.dataset), len(state.history), state.stopper.best)
+    display = RunDisplay(cfg, len(train_loader.dataset), state.history)
     with contextlib.closing(display.bar):
         while not is_finished(state.history, cfg):
             if time_is_up(cfg, state.history, device):
@@ -1874,11 +1813,10 @@ def train_epochs(state, train_loader, valid_loader, cfg, views, folder, facts):
             for buffer in state.deployed.buffers():  # all processes validate the net with the first one's statistics
                 _collective("broadcast", buffer, 0)
             row |= evaluate(state.deployed, valid_loader) if valid_loader else {"valid_acc": math.nan}
-            state.improved = state.stopper.update(row["valid_acc"]) or not valid_loader
-            if state.improved:
+            if not valid_loader or best_so_far([*state.history, row])[1] == 0:
                 state.best = _copy_of(state.deployed)
             state.history.append({"epoch": epoch + 1, **row, "seconds": time.perf_counter() - start})
-            display.on_epoch(state.history[-1], state.stopper.best)
+            display.show(epoch + 1, row["train_loss"], row["train_acc"])
             save_run(state, folder, facts)
 
 
@@ -1897,21 +1835,18 @@ def out_of_memory_named(cfg):
 
 def _copy_of(model):
     """A copy of a model's state dict, contiguous and on the CPU."""
-    return OrderedDict((key, value.detach().cpu().clone(memory_format=torch.contiguous_format))
-                       for key, value in model.state_dict().items())
+    return {key: value.cpu().clone(memory_format=torch.contiguous_format) for key, value in model.state_dict().items()}
 
 
-def save_run(state, folder, facts, starting=False, last=True):
+def save_run(state, folder, facts, last=True):
     """Write a run's files, if it has a folder, from the first process. last.ckpt holds all that the others are made of.
 
-    The last.ckpt of the save before is kept as previous.ckpt. starting=True writes again what a kill or a user may
-    have harmed. last=False leaves last.ckpt as it is, if it is there.
+    The last.ckpt of the save before is kept as previous.ckpt. last=False leaves last.ckpt as it is, if it is there.
     """
     if folder and rank_and_world()[0] == 0:
         folder = Path(folder)
         write_text(folder / "config.json", json.dumps(facts, indent=1) + "\n")
-        if starting or state.improved or not (folder / "student_best.ckpt").is_file():
-            save_checkpoint(state.best, folder / "student_best.ckpt")
+        save_checkpoint(state.best, folder / "student_best.ckpt")
         write_text(folder / "log.csv", pd.DataFrame(state.history, columns=HISTORY_COLUMNS).to_csv(index=False))
         if last or not (folder / RUN_FILES[0]).is_file():
             save_checkpoint({"facts": json.dumps(facts), **state.state_dict()}, folder / RUN_FILES[0], RUN_FILES[1])
@@ -1986,7 +1921,7 @@ def read_run(folder):
             saved = load_file(path)
             saved["facts"] = json.loads(saved["facts"])
             dict(saved["facts"]["config"])
-            stopper_of(saved["history"], 1)  # reads each row, as all that follows does
+            best_so_far(saved["history"])  # reads each row, as all that follows does
         except (KeyError, TypeError, ValueError) as error:
             wrong[path] = str(error) if isinstance(error, UserError) else f"{path} is no run of this program"
             continue
@@ -2025,22 +1960,14 @@ class Run:
 
 def load_student(path, device="cpu"):
     """(student in eval mode, its Config) from a student_best.ckpt with its config.json beside it."""
-    state, facts = load_weights(path), read_facts(path)
+    state = load_weights(path)
     try:
-        cfg = Config(**facts["config"])
+        cfg = Config(**json.loads(Path(path).with_name("config.json").read_text())["config"])
         student = build_student(cfg)
         student.load_state_dict(state)
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{path} does not go with a config.json beside it ({str(error).splitlines()[0]})") from None
     return freeze(student).to(device), cfg
-
-
-def read_facts(path):
-    """What the config.json beside a checkpoint says: the config, and what else identifies the run."""
-    try:
-        return dict(json.loads(Path(path).with_name("config.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} does not go with a config.json beside it ({error})") from None
 
 
 def build_loaders(cfg, data, device):
@@ -2343,10 +2270,9 @@ class _Figure(plt.Figure):
     """A Figure that a notebook shows with its title as the alt text, for who cannot see it."""
 
     def _repr_html_(self):
-        buffer, title = io.BytesIO(), html.escape(" ".join(self.get_suptitle().split()))
-        self.savefig(buffer, format="png")
-        png = base64.b64encode(buffer.getvalue()).decode()
-        return f'<img alt="{title}" style="max-width:100%" src="data:image/png;base64,{png}">'
+        from IPython.core.pylabtools import print_figure
+        title, png = " ".join(self.get_suptitle().split()), print_figure(self, bbox_inches=None, base64=True)
+        return f'<img alt="{html.escape(title)}" style="max-width:100%" src="data:image/png;base64,{png}">'
 
     def _ipython_display_(self):
         """Called by IPython: as HTML alone, for a picture output has no alt text when a notebook is rendered."""
@@ -2415,9 +2341,8 @@ def plot_epoch_parts(parts, origin):
 def plot_lines(frame, title, ylabel, **axes):
     """Each column of a DataFrame as a line over its index; what follows is set on the axes (xscale="log", ...)."""
     figure, ((ax,),) = _figure(title, width=7)
-    for name, style in zip(frame, itertools.cycle("osD^v")):
-        ax.plot(frame.index, frame[name], marker=style, markersize=5, label=name)
-    ax.set(xlabel=frame.index.name, ylabel=ylabel, **axes)
+    frame.plot(ax=ax, style=["o-", "s-", "D-", "^-", "v-"], markersize=5)
+    ax.set(ylabel=ylabel, **axes)
     ax.set_xticks(frame.index, [f"{x:g}" for x in frame.index], minor=False)
     ax.legend(fontsize=8)
     return figure
@@ -2425,9 +2350,7 @@ def plot_lines(frame, title, ylabel, **axes):
 
 def attention_map(model, images, layer):
     """How active a layer is at each place: mean square over its channels, (B, H, W) (Zagoruyko, Komodakis 2017)."""
-    with evaluation_mode(model) as device, feature_hooks(model, [layer]) as maps:
-        model(images.to(device))
-    return maps[layer].float().square().mean(1).cpu()
+    return features_of(model, [layer], images)[layer].float().square().mean(1).cpu()
 
 
 def plot_attention(images, nets, layer, origin):
@@ -2483,10 +2406,9 @@ def plot_confusion(labels, classes, origin):
     share = counts / counts.sum(1, keepdim=True).clamp(min=1)
     figure, ((ax,),) = _figure(f"confusion matrix, validation: {origin}", width=7, height=6)
     ax.imshow(share.numpy(), cmap="cividis", vmin=0, vmax=1)
-    for i, j in itertools.product(range(NUM_CLASSES), repeat=2):
-        if counts[i, j]:
-            ax.text(j, i, int(counts[i, j]), ha="center", va="center", fontsize=8,
-                    color="black" if share[i, j] > 0.5 else "white")
+    for i, j in counts.nonzero().tolist():
+        ax.text(j, i, int(counts[i, j]), ha="center", va="center", fontsize=8,
+                color="black" if share[i, j] > 0.5 else "white")
     ax.set_xticks(range(NUM_CLASSES), CLASS_NAMES, rotation=45, ha="right", fontsize=8)
     ax.set_yticks(range(NUM_CLASSES), CLASS_NAMES, fontsize=8)
     ax.set(xlabel="predicted", ylabel="true")
@@ -2601,8 +2523,7 @@ def prune_structured(model, share):
         if isinstance(block, torchvision.models.resnet.BasicBlock):
             norms = block.conv1.weight.abs().sum((1, 2, 3))
             keep = norms.topk(max(1, round((1 - share) * len(norms)))).indices
-            norm = block.bn1
-            for tensor in (block.conv1.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            for tensor in (block.conv1.weight, *block.bn1.parameters(), block.bn1.running_mean, block.bn1.running_var):
                 tensor.data = tensor.data[keep]
             block.conv2.weight.data = block.conv2.weight.data[:, keep]
     return model.to(memory_format=torch.channels_last)
@@ -2636,21 +2557,17 @@ def export_notebook(folder=None):
 
     folder: where the notebook lies, default beside this module. Outputs are left out.
     """
+    import nbformat
     folder = Path(folder or Path(__file__).parent)
-    source = folder / NOTEBOOK
-    if not source.is_file():
-        raise UserError(f"there is no file {source} to export")
-    notebook = json.loads(source.read_text(encoding="utf-8"))
+    notebook = nbformat.read(folder / NOTEBOOK, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
     text = "%%writefile helpers.py\n" + Path(__file__).read_text(encoding="utf-8")
-    cell = {"cell_type": "code", "execution_count": None, "id": "helpers", "metadata": {"jupyter": {
-        "source_hidden": True}}, "outputs": [], "source": text.splitlines(keepends=True)}
-    for other in notebook["cells"]:
-        if other["cell_type"] == "code":
-            other |= {"outputs": [], "execution_count": None}
-    notebook["cells"].insert(1, cell)
-    path = folder / KAGGLE_NOTEBOOK
-    write_text(path, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
-    return path
+    hidden = {"jupyter": {"source_hidden": True}}
+    notebook.cells.insert(1, nbformat.v4.new_code_cell(text, id="helpers", metadata=hidden))
+    write_text(folder / KAGGLE_NOTEBOOK, nbformat.writes(notebook) + "\n")
+    return folder / KAGGLE_NOTEBOOK
 
 
 class _Parser(argparse.ArgumentParser):
@@ -2697,11 +2614,9 @@ def build_parser():
 
 def _run_command(args):
     settings = dict(parse_setting(text) for text in args.set)
-    stages = [stage.strip() for stage in args.stages.split(",") if stage.strip()]
+    stages = [stage.strip() for stage in args.stages.split(",")]
     for stage in stages:
         get_config(stage, args.length, **settings)
-    if not stages:
-        raise UserError(f"--stages names no stage; they are {', '.join(STAGES)}")
     if args.demo and args.data:
         raise UserError("--demo draws its own data: leave out --data")
     with data_parallel():
@@ -2716,7 +2631,7 @@ def _run_command(args):
 def _evaluate_command(args):
     data, device = read_folder(args.data), pick_device()
     student, cfg = load_student(args.checkpoint, device)
-    if read_facts(args.checkpoint).get("final"):
+    if json.loads(Path(args.checkpoint).with_name("config.json").read_text()).get("final"):
         raise UserError(f"{args.checkpoint} was trained on the validation images too: it has no validation accuracy")
     valid = BatchLoader(load_data(data, "validation", "eval", cfg.image_size), cfg, device, batch_size=256)
     score = evaluate(student, valid)
@@ -2738,15 +2653,13 @@ def _predict_command(args):
 @contextlib.contextmanager
 def data_parallel():
     """Join torchrun's process group for the block (NCCL on GPUs, gloo on CPUs); without torchrun do nothing."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        yield
-        return
-    device = pick_device()
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                         timeout=datetime.timedelta(hours=12))  # others wait while one decodes
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        backend, patience = "nccl" if pick_device().type == "cuda" else "gloo", datetime.timedelta(hours=12)
+        torch.distributed.init_process_group(backend, timeout=patience)  # others wait while one decodes
     yield
     # Not in a finally: a process that failed must end at once, so that torchrun ends the others.
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def main(argv=None):

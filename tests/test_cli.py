@@ -68,7 +68,7 @@ def test_kaggle_results_go_to_its_working_folder(food, here, monkeypatch):
     (["run", "--data", "nowhere"], "there is no folder nowhere"),
     (["run", "--data", "FOOD", "--demo"], "leave out --data"),
     (["run", "--data", "FOOD", "--stages", "simple,bos"], "unknown stage 'bos'"),
-    (["run", "--data", "FOOD", "--stages", ","], "names no stage"),
+    (["run", "--data", "FOOD", "--stages", ","], "unknown stage ''"),
     (["run", "--data", "FOOD", "--set", "n_epochs"], "KEY=VALUE"),
     (["run", "--data", "FOOD", "--set", "n_epochs=0"], "n_epochs=0: allowed"),
     (["run", "--data", "FOOD", "--set", "epochs=1"], "the keys are exp_name, seed"),

@@ -10,6 +10,12 @@ from torch import nn
 import helpers as h
 
 
+def feature_shapes(model, layers, image_size):
+    """{layer: (C, H, W)} for one image."""
+    maps = h.features_of(model, layers, torch.zeros(1, 3, image_size, image_size))
+    return {name: tuple(x.shape[1:]) for name, x in maps.items()}
+
+
 def test_the_sample_net_is_the_courses():
     net = h.build_student(h.STAGES["simple"])
     assert h.check_budget(net) == 59_723 and round(h.count_macs(net, 224) / 1e6) == 272
@@ -21,7 +27,7 @@ def test_the_plain_dwpw_net_sits_at_the_teachers_feature_sizes():
     net, teacher = h.build_student(cfg), h.build_student(h.Config(student="resnet18"))
     assert h.check_budget(net) == 58_235
     layers = ("layer1", "layer2", "layer3")
-    ours, theirs = (h.feature_shapes(m, layers, 224) for m in (net, teacher))
+    ours, theirs = (feature_shapes(m, layers, 224) for m in (net, teacher))
     assert ours == {"layer1": (64, 56, 56), "layer2": (128, 28, 28), "layer3": (256, 14, 14)} == theirs
 
 
@@ -37,7 +43,7 @@ def test_a_builder_of_ones_own_is_found_by_its_name(monkeypatch):
     monkeypatch.setitem(h.STUDENTS, "mine", lambda cfg: nn.Linear(cfg.stem_width, 11))
     assert h.build_student(h.get_config("boss", student="mine")).in_features == 16
     assert h.parse_setting("student=mine") == ("student", "mine")
-    with pytest.raises(h.UserError, match="student='yours': allowed is one of sample, dwpw, ir, mine, resnet18"):
+    with pytest.raises(h.UserError, match="student='yours': allowed is one of sample, dwpw, ir, .*mine"):
         h.build_student(h.Config(student="yours"))
 
 
@@ -52,7 +58,7 @@ def test_widths_depths_strides_and_kernel_come_from_the_config():
     cfg = h.Config(student="dwpw", stem_width=8, widths=(8, 12), depths=(2, 3), strides=(2, 1), kernel_size=5)
     net = h.build_student(cfg)
     assert [len(net.layer1), len(net.layer2)] == [2, 3] and net.layer2[0][0].kernel_size == (5, 5)
-    assert h.feature_shapes(net, ("layer1", "layer2"), 64) == {"layer1": (8, 8, 8), "layer2": (12, 8, 8)}
+    assert feature_shapes(net, ("layer1", "layer2"), 64) == {"layer1": (8, 8, 8), "layer2": (12, 8, 8)}
 
 
 def test_an_inverted_residual_adds_its_input_where_shapes_agree():
@@ -70,7 +76,7 @@ def test_the_inverted_residual_student_keeps_large_maps_where_strides_are_one():
     cfg = h.Config(student="ir", stem_width=16, widths=(24, 32, 40), depths=(2, 3, 2), strides=(2, 2, 1), kernel_size=5)
     net = h.build_student(cfg)
     assert h.check_budget(net) == 56_971
-    assert h.feature_shapes(net, ("stem", "layer1", "layer2", "layer3"), 224) == {
+    assert feature_shapes(net, ("stem", "layer1", "layer2", "layer3"), 224) == {
         "stem": (16, 112, 112), "layer1": (24, 56, 56), "layer2": (32, 28, 28), "layer3": (40, 28, 28)}
 
 
@@ -161,9 +167,10 @@ def test_wrappers_and_prefixes_of_a_plain_meaning_are_taken_off(teacher_file, wr
 
 
 @pytest.mark.parametrize(("harm", "message"), [
-    (lambda s: {k: v for k, v in s.items() if k != "fc.bias"}, "not those of resnet18"),
-    (lambda s: s | {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}, r"fc.weight has shape \(1000"),
-    (lambda s: [1, 2], "no state dict"), (lambda s: {}, "no state dict"),
+    (lambda s: {k: v for k, v in s.items() if k != "fc.bias"}, "Missing key.*fc.bias"),
+    (lambda s: s | {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)},
+     r"no ResNet of 11 classes.*fc.weight.*\[1000"),
+    (lambda s: [1, 2], "no state dict"), (lambda s: {}, "no ResNet"),
 ])
 def test_a_file_with_something_else_is_named(teacher_file, harm, message):
     torch.save(harm(dict(h.load_weights(teacher_file))), teacher_file)

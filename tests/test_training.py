@@ -25,10 +25,13 @@ def prepared(food, stage="boss", **settings):
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-def test_early_stopping():
-    stopper = h.EarlyStopping(patience=2)
-    seen = [(stopper.update(v), stopper.should_stop) for v in (0.1, 0.3, 0.3, 0.2)]
-    assert seen == [(True, False), (True, False), (False, False), (False, True)] and stopper.best == 0.3
+def test_the_first_of_equal_epochs_is_the_best_and_patience_counts_from_it():
+    rows = [{"valid_acc": v} for v in (0.1, 0.3, 0.3, 0.2)]
+    assert [h.best_so_far(rows[:n]) for n in range(5)] == [(-1.0, 0), (0.1, 0), (0.3, 0), (0.3, 1), (0.3, 2)]
+    cfg = h.Config(n_epochs=9, patience=2)
+    assert [h.is_finished(rows[:n], cfg) for n in range(5)] == [False] * 4 + [True]
+    assert h.is_finished(rows, h.Config(n_epochs=4)) and not h.is_finished(rows, h.Config(n_epochs=5))
+    assert h.best_so_far([{"valid_acc": float("nan")}] * 3) == (-1.0, 3)
 
 
 def test_learning_rate():
@@ -396,10 +399,10 @@ def test_the_pace_names_the_end_and_what_to_change_where_a_kaggle_session_is_too
     (tmp_path / "working").mkdir()
     monkeypatch.setenv("HW13_KAGGLE", str(tmp_path))
     for n_epochs, short in ((10, False), (600, True)):
-        display = h.RunDisplay(h.Config(n_epochs=n_epochs), 1000, 0, -1.0)
+        display = h.RunDisplay(h.Config(n_epochs=n_epochs), 1000, [])
         display.bar.update(1000)
         display.tell_pace(100.0)
         display.bar.close()
         out = capsys.readouterr().out
-        assert "10 images/s" in out and "ends about" in out and "session has" in out
+        assert "10 images/s" in out and " to go, till " in out and "session has" in out
         assert ("choose LENGTH = 'lesson'" in out) == short
