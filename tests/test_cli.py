@@ -23,7 +23,7 @@ def here(tmp_path, monkeypatch):
 def test_run_evaluate_predict_validate(food, teacher_file, here, capsys):
     assert h.main(["run", "--data", str(food), "--out", "out", "--stages", "simple,boss", *SMALL]) == 0
     out = capsys.readouterr().out
-    assert "validation accuracy" in out.splitlines()[-4] and out.splitlines()[-1].startswith("boss")
+    assert "accuracy" in out.splitlines()[-4] and out.splitlines()[-1].startswith("boss")
     assert {p.relative_to(here / "out").as_posix() for p in (here / "out").rglob("*")} == {
         "submission.csv", *(f"{s}{end}" for s in ("simple", "boss") for end in (
             "", ".csv", "/student_best.ckpt", "/last.ckpt", "/previous.ckpt", "/log.csv", "/config.json"))}
