@@ -225,7 +225,8 @@ def get_config(stage, length="full", demo=False, **overrides):
     """The Config of a stage, for example get_config("boss", n_epochs=5).
 
     length: "full", "lesson", "quick" or "fast" scales the epochs; HW13_FAST=1 in the environment means "fast".
-    demo: use the small settings for the drawn demo set. Overrides win over both; an unknown one is a TypeError.
+    demo: use the small settings for the drawn demo set. Overrides win over both; an unknown one is a TypeError,
+    an unknown stage or length, or a value that is not allowed, a UserError.
     """
     if stage not in STAGES:
         raise UserError(f"unknown stage {stage!r}; the stages are {', '.join(STAGES)}")
@@ -858,6 +859,7 @@ def make_demo_data():
 # 2  Loader
 # =====================================================================================================================
 
+# images (B, 3, S, S) float32, labels (B,) int64 or (B, 11) probabilities, rows (B,): their places in the Split;
 # share: this process's images x number of processes / images of the step, so that averaged gradients are exact.
 Batch = namedtuple("Batch", "images labels rows share", defaults=(None, 1.0))
 # theta: (N, 2, 3), output -> source coordinates. frames: tuple of (N, 2, 3), output -> the frames that cut to black.
@@ -1062,7 +1064,7 @@ def dwpw_conv(in_channels, out_channels, kernel_size=3, stride=2, padding=1):
     """The course's depthwise-separable block: (B, in, H, W) -> (B, out, H / stride, W / stride).
 
     A depthwise k x k convolution sees space, a pointwise 1 x 1 convolution mixes channels (Howard et al. 2017,
-    MobileNets): k*k*in + in*out weights instead of k*k*in*out.
+    MobileNets): k*k*in + in*out weights instead of k*k*in*out. The sizes hold for padding = kernel_size // 2.
     """
     depthwise = nn.Conv2d(in_channels, in_channels, kernel_size, stride, padding, groups=in_channels)
     pointwise = nn.Conv2d(in_channels, out_channels, 1)
@@ -1089,7 +1091,7 @@ def stacked(cfg, stem, block):
 
 
 def dwpw_student(cfg):
-    """A student of dwpw_conv blocks whose layer1, layer2, layer3 sit at the teacher's feature sizes (1/4, 1/8, 1/16).
+    """A student of dwpw_conv blocks; with strides 1, 2, 2 its layers sit at the teacher's feature sizes (1/4, 1/8, 1/16).
 
     The stem is the teacher's shape (7x7 stride 2, max-pool); widths, depths, strides and kernel come from `cfg`.
     (B, 3, H, W) -> logits (B, 11).
@@ -1379,8 +1381,8 @@ def feature_hooks(model, layers):
 def alignment(student_maps, teacher_maps, weights, adapters):
     """Sum over layers of weight * smooth-L1(adapter(student map), teacher map), fp32. Maps: {name: (B, C, H, W)}.
 
-    The larger of two maps is averaged down to the size of the other one. A layer whose weight is zero is left out.
-    Layer-wise supervision after Romero et al. 2015 (FitNets).
+    The larger of two maps is averaged down to the size of the other one. A layer whose weight is zero is
+    left out. weights: {name: number}; adapters: {name: module}. Layer-wise supervision after Romero et al. 2015 (FitNets).
     """
     def term(ours, theirs, adapter):
         side = min(ours.shape[-1], theirs.shape[-1])
@@ -1523,7 +1525,7 @@ def build_optimizer(cfg, parameters):
 
 def learning_rate(cfg, epoch):
     """The learning rate at a fractional epoch: linear warm-up, then constant or a half cosine down to zero."""
-    if epoch < cfg.warmup_epochs:
+    if epoch < cfg.warmup_epochs:  # the thousandth, so that the first step moves too
         return cfg.lr * (epoch + 1e-3) / cfg.warmup_epochs
     done = (epoch - cfg.warmup_epochs) / max(cfg.n_epochs - cfg.warmup_epochs, 1e-9)
     return cfg.lr if cfg.lr_schedule == "constant" else cfg.lr * (1 + math.cos(math.pi * min(done, 1.0))) / 2
@@ -1661,7 +1663,7 @@ def predict_logits(model, loader):
 
 
 def evaluate(model, loader):
-    """{"valid_loss", "valid_acc", "n"} of a model on a loader's labelled images, counted once over all processes."""
+    """{"valid_loss", "valid_acc", "n"} of a model on a loader's labelled (validation) images, over all processes."""
     logits, labels = predict_logits(model, loader)
     sums = torch.tensor([F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(1) == labels).sum(),
                          len(labels)], dtype=torch.float64, device=next(model.parameters()).device)
@@ -1960,7 +1962,7 @@ class Run:
 
 
 def load_student(path, device="cpu"):
-    """(student in eval mode, its Config) from a student_best.ckpt with its config.json beside it."""
+    """(student in eval mode, its Config) from a student_best.ckpt with its config.json beside it, or UserError."""
     state = load_weights(path)
     try:
         cfg = Config(**json.loads(Path(path).with_name("config.json").read_text())["config"])
@@ -1972,7 +1974,10 @@ def load_student(path, device="cpu"):
 
 
 def build_loaders(cfg, data, device):
-    """(training BatchLoader, validation BatchLoader) of a config: the views that it trains on and the exact one."""
+    """(training BatchLoader, validation BatchLoader) of a config: the views that it trains on and the exact one.
+
+    Raises UserError where the data cannot be decoded or the cache not be written.
+    """
     train = load_data(data, "training", "whole" if cfg.crop_scale else "eval", cfg.image_size)
     valid = load_data(data, "validation", "eval", cfg.image_size)
     return BatchLoader(train, cfg, device, train=True), BatchLoader(valid, cfg, device, batch_size=2 * cfg.batch_size)
@@ -2118,7 +2123,8 @@ def train_teacher(data, out=None, cfg=None, fresh=False):
     """Train a torchvision ResNet from scratch on the training images and return the path of its checkpoint.
 
     The homework allows a teacher of one's own; it is not bound by the parameter limit and never submitted. It is also
-    the way on for who has a public copy of Food-11, which holds no teacher file.
+    the way on for who has a public copy of Food-11, which holds no teacher file. cfg: its settings, by default
+    TEACHER_CONFIG. Raises UserError where the session's time ends it too early: call it again to go on.
     """
     settings = (DEMO_TEACHER_SETTINGS if data.is_demo else {}) | ({"n_epochs": 1} if is_fast() else {})
     cfg = cfg or replace(TEACHER_CONFIG, **settings)
@@ -2131,7 +2137,10 @@ def train_teacher(data, out=None, cfg=None, fresh=False):
 
 
 def find_teacher(data, path=None, out=None, device="cpu", fresh=False):
-    """The frozen teacher: of `path`, else of the data folder, else (demo set) trained here; None without one."""
+    """The frozen teacher: of `path`, else of the data folder, else (demo set) trained here; None without one.
+
+    Raises UserError where a file is no teacher.
+    """
     path = path or data.teacher
     if path is None and data.is_demo:
         path = train_teacher(data, out, fresh=fresh)
