@@ -1091,7 +1091,7 @@ def stacked(cfg, stem, block):
 
 
 def dwpw_student(cfg):
-    """A student of dwpw_conv blocks; with strides 1, 2, 2 its layers sit at the teacher's feature sizes (1/4, 1/8, 1/16).
+    """A student of dwpw_conv blocks; with strides 1, 2, 2 its maps have the teacher's feature sizes (1/4, 1/8, 1/16).
 
     The stem is the teacher's shape (7x7 stride 2, max-pool); widths, depths, strides and kernel come from `cfg`.
     (B, 3, H, W) -> logits (B, 11).
@@ -1382,7 +1382,7 @@ def alignment(student_maps, teacher_maps, weights, adapters):
     """Sum over layers of weight * smooth-L1(adapter(student map), teacher map), fp32. Maps: {name: (B, C, H, W)}.
 
     The larger of two maps is averaged down to the size of the other one. A layer whose weight is zero is
-    left out. weights: {name: number}; adapters: {name: module}. Layer-wise supervision after Romero et al. 2015 (FitNets).
+    left out. weights: {name: number}; adapters: {name: module}. Layer-wise supervision: FitNets, Romero et al. 2015.
     """
     def term(ours, theirs, adapter):
         side = min(ours.shape[-1], theirs.shape[-1])
