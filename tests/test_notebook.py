@@ -74,7 +74,7 @@ def test_the_committed_kaggle_notebook_is_the_current_one(tmp_path):
     path = h.export_notebook(tmp_path)
     assert path.read_text() == (ROOT / h.KAGGLE_NOTEBOOK).read_text(), "run python helpers.py export"
     nbformat.validate(nbformat.read(path, as_version=4))
-    with pytest.raises(h.UserError, match="there is no file"):
+    with pytest.raises(FileNotFoundError, match="hw13_distill.ipynb"):
         h.export_notebook(tmp_path / "submission")
 
 
