@@ -25,6 +25,7 @@ import dataclasses
 import datetime
 import fcntl
 import functools
+import glob
 import hashlib
 import html
 import inspect
@@ -94,9 +95,8 @@ class Config:
     exp_name: str = _key("simple", "name of the stage and of its folder")
     seed: int = _key(20220013, "all randomness is a function of (seed, epoch)", 0, 2**31 - 1)
     image_size: int = _key(224, "pixels a side that the networks see", 40, 512)
-    # The student: its builder in STUDENTS. The sample net has no settings; of the
-    # others, widths, depths and strides have one entry a layer.
-    student: str = _key("sample", "name of the builder")
+    # The student. The sample net has no settings; of the others, widths, depths and strides have one entry a layer.
+    student: str = _key("sample", "name of its builder in STUDENTS")
     stem_width: int = _key(48, "channels after the stem", 1, 1024)
     widths: tuple = _key((64, 128, 256), "channels of layer1, layer2, ...", 1, 4096)
     depths: tuple = _key((1, 1, 1), "blocks in each layer", 1, 64)
@@ -375,7 +375,7 @@ def written_whole(path, keep_as=None):
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a killed process, a day ago or more
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # by a killed process, a day ago or more
             if time.time() - left.stat().st_mtime > 86_400:
                 left.unlink(missing_ok=True)
         yield temporary
@@ -1231,9 +1231,10 @@ def load_weights(path):
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    if not isinstance(state, dict):
+    if not isinstance(state, dict) or not state or not all(
+            isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()):
         raise UserError(f"{path} is not loaded: it holds no state dict (names of layers -> tensors)")
-    return OrderedDict((re.sub(r"^((module|_orig_mod)\.)+", "", str(key)), value) for key, value in state.items())
+    return OrderedDict((re.sub(r"^((module|_orig_mod)\.)+", "", key), value) for key, value in state.items())
 
 
 class AveragedTeachers(nn.Module):
@@ -1678,7 +1679,7 @@ def epoch_parts(cfg, loader, device, batches=3):
     Scaled up from some batches after the first, which pays for start-up. Teacher and student are untrained here: what
     they know does not change their speed.
     """
-    teacher = freeze(build_student(TEACHER_CONFIG)).to(device, memory_format=torch.channels_last)
+    teacher = build_student(TEACHER_CONFIG).to(device, memory_format=torch.channels_last)
     loss_fn = DistillLoss(cfg, build_student(cfg), teacher, amp_dtype(device, cfg.amp))
     state = TrainState(loss_fn.to(device, memory_format=torch.channels_last), cfg, device)
     batch, seconds, n = itertools.chain.from_iterable(itertools.repeat(loader)), np.zeros(2), 0
