@@ -25,7 +25,6 @@ import dataclasses
 import datetime
 import fcntl
 import functools
-import glob
 import hashlib
 import html
 import inspect
@@ -54,10 +53,8 @@ import torchvision
 from PIL import Image, ImageColor, ImageDraw, ImageFile, ImageOps
 from torch import nn
 from torch.nn.utils import prune
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset  # noqa: F401  (the notebook uses h.DataLoader)
 from torchvision import transforms
-from torchvision.transforms import v2
 from tqdm import tqdm
 
 # =====================================================================================================================
@@ -105,13 +102,10 @@ class Config:
     expansion: int = _key(3, "an inverted residual is so many times as wide inside", 1, 16)
     # The training view. An empty crop_scale is the course's sample transform: the exact evaluation crop, and flips.
     crop_scale: tuple = _key((), "area of RandomResizedCrop, (low, high), or () for the centre crop", 0.01, 1.0)
-    crop_ratio: tuple = _key((3 / 4, 4 / 3), "width / height of RandomResizedCrop, (low, high)", 0.1, 10.0)
     hflip: float = _key(0.5, "probability of a horizontal flip", 0.0, 1.0)
     vflip: float = _key(0.0, "probability of a vertical flip", 0.0, 1.0)
     rotation: float = _key(0.0, "RandomRotation: degrees either way", 0.0, 180.0)
     affine: float = _key(0.0, "RandomAffine: degrees either way", 0.0, 180.0)
-    mixup: float = _key(0.0, "MixUp blends a batch with itself by a share drawn from Beta(a, a) (0: never)", 0.0, 100.0)
-    cutmix: float = _key(0.0, "share of the batches in which CutMix pastes a box instead", 0.0, 1.0)
     # The loss.
     loss_fn_type: str = _key("CE", "CE: labels alone; KD: with a teacher", choices=("CE", "KD"))
     alpha: float = _key(0.5, "share of the soft loss in loss_fn_kd", 0.0, 1.0)
@@ -126,7 +120,6 @@ class Config:
     warmup_epochs: float = _key(0.0, "epochs of linear warm-up", 0.0, 10_000.0)
     weight_decay: float = _key(1e-5, "L2 penalty (decoupled for adamw)", 0.0, 10.0)
     grad_norm_max: float = _key(10.0, "gradients are clipped to this norm", 1e-6, 1e9)
-    ema_decay: float = _key(0.0, "average of the weights, a step (0: none)", 0.0, 0.99999)
     batch_size: int = _key(64, "images a step", 2, 65_536)
     n_epochs: int = _key(10, "passes over the training images", 1, 100_000)
     patience: int = _key(300, "stop after so many epochs without a better validation accuracy", 1, 100_000)
@@ -138,20 +131,20 @@ class Config:
     def __post_init__(self):
         for f in dataclasses.fields(self):
             object.__setattr__(self, f.name, _checked(f, getattr(self, f.name)))
-        n_layers, aligns = len(self.widths), self.loss_fn_type == "KD" and self.student != "sample"
-        rises = {key: list(getattr(self, key)) == sorted(getattr(self, key)) for key in ("crop_scale", "crop_ratio")}
+        n_layers, crop = len(self.widths), list(self.crop_scale)
+        aligns = self.loss_fn_type == "KD" and self.student != "sample"
         for key, right, allowed in (
             ("exp_name", re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", self.exp_name), "letters, digits, '_', '-'"),
-            ("crop_scale", len(self.crop_scale) in (0, 2) and rises["crop_scale"], "() or (low, high)"),
-            ("crop_ratio", len(self.crop_ratio) == 2 and rises["crop_ratio"], "(low, high)"),
+            ("crop_scale", len(crop) in (0, 2) and crop == sorted(crop), "() or (low, high)"),
             ("kernel_size", self.kernel_size % 2, "an odd number"),
             ("depths", n_layers == len(self.depths) == len(self.strides) > 0, "as many entries as widths and strides"),
-            ("align_weights", len(self.align_weights) <= min(4, n_layers), "a weight for each layer, 4 at most"),
-            ("align_weights", aligns or not self.align_weights, "() unless loss_fn_type=KD, and for the sample net"),
+            ("align_weights", len(self.align_weights) <= (min(4, n_layers) if aligns else 0),
+             "a weight for each layer, 4 at most; () for the sample net and unless loss_fn_type=KD"),
             # Feature maps are too large to store.
             ("teacher_views", not (self.teacher_views and any(self.align_weights)), "0 with align_weights"),
+            # The centre crop has horizontal flips alone.
             ("crop_scale", self.crop_scale or not (self.rotation or self.affine or self.vflip),
-             "(low, high) with rotation, affine or vflip, for the centre crop has horizontal flips alone"),
+             "(low, high) with rotation, affine or vflip"),
         ):
             if not right:
                 raise UserError(f"{key}={getattr(self, key)!r}: allowed is {allowed}")
@@ -266,13 +259,11 @@ def default_out():
 
 
 def show_source(function):
-    """A function's source, as it runs, coloured in a notebook and plain text elsewhere."""
-    source = inspect.getsource(function)
-    if not in_notebook():
-        return source
+    """A function's source, as it runs, coloured, for a notebook."""
     from IPython.display import HTML, Code
+    code = Code(inspect.getsource(function), language="python")
     # nbconvert lets <pre> in an output inherit its font, so the font is named around it.
-    return HTML(f'<div style="font-family:monospace">{Code(source, language="python")._repr_html_()}</div>')
+    return HTML(f'<div style="font-family:monospace">{code._repr_html_()}</div>')
 
 
 def in_notebook():
@@ -375,8 +366,8 @@ def written_whole(path, keep_as=None):
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # by a killed process, a day ago or more
-            if time.time() - left.stat().st_mtime > 86_400:
+        for left in path.parent.glob(".*.tmp"):  # by a killed process, a day ago or more
+            if left.name.startswith(f".{path.name}.") and time.time() - left.stat().st_mtime > 86_400:
                 left.unlink(missing_ok=True)
         yield temporary
         with open(temporary, "rb+") as file:
@@ -399,15 +390,14 @@ def locked(folder):
     """
     with contextlib.ExitStack() as held:
         if folder and rank_and_world()[0] == 0:
+            check_writable(folder)
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            file = os.open(folder, os.O_RDONLY)
+            held.callback(os.close, file)
             try:
-                Path(folder).mkdir(parents=True, exist_ok=True)
-                file = os.open(folder, os.O_RDONLY)
-                held.callback(os.close, file)
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"another run is working in {folder}: wait for it or choose another --out") from None
-            except OSError as error:
-                raise UserError(f"{folder} cannot be written ({error.strerror}); what was saved is intact") from None
         yield
 
 
@@ -463,7 +453,7 @@ SPLITS = ("training", "validation", "evaluation")
 TEACHER_FILE = "resnet18_teacher.ckpt"
 COMPETITION = "ml2023spring-hw13"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 MAX_BAD_SHARE = 0.05
 NEUTRAL_GREY = 124
 
@@ -520,8 +510,7 @@ def find_data(root=None):
     here = [] if on_kaggle() else [folder for folder in (Path("Food-11"), Path("data/Food-11")) if folder.is_dir()]
     folder = named or next(iter(mounts + here), None)
     if folder is None and on_kaggle():
-        raise UserError(f"no Food-11 under {kaggle_root() / 'input'}: press 'Add Input', attach the competition "
-                        f"'{COMPETITION}' (or a public copy of Food-11) and run again")
+        raise UserError(f"no Food-11 under {kaggle_root() / 'input'}: press 'Add Input' and attach '{COMPETITION}'")
     return read_folder(folder) if folder else None
 
 
@@ -645,7 +634,7 @@ def reference_transform(cfg, train):
     told otherwise; BILINEAR is used here as in the batched loader.
     """
     bilinear = transforms.InterpolationMode.BILINEAR
-    random_crop = transforms.RandomResizedCrop(cfg.image_size, cfg.crop_scale or (1, 1), cfg.crop_ratio)
+    random_crop = transforms.RandomResizedCrop(cfg.image_size, cfg.crop_scale or (1, 1))
     steps = [random_crop if train and cfg.crop_scale else eval_transform(cfg.image_size)]
     if train:
         steps += [transforms.RandomHorizontalFlip(cfg.hflip), transforms.RandomVerticalFlip(cfg.vflip)]
@@ -718,54 +707,48 @@ def load_data(data, split, view, image_size):
         to_view = transforms.Resize((side, side)) if view == "whole" else eval_transform(image_size)
         _decode_all(files, split, to_view, side, path)
     _collective("barrier")
-    header, images = _map_cache(path, n, side)
-    keep = header["good"].nonzero()[:, 0]
-    damaged = int((header["good"] != 1).sum())
+    aspects, good, images = _map_cache(path, n, side)
+    keep, damaged = good.nonzero()[:, 0], int((good != 1).sum())
     if damaged:
         say(f"WARNING: {damaged} of {n} {split} images are damaged; each was named when {path.name} was made")
     return Split(split, view, data.origin, images[:len(keep)], torch.tensor(data.labels[split])[keep],
-                 tuple(data.ids[split][i] for i in keep.tolist()), header["aspect"][keep].clone(), path)
-
-
-def _cache_bytes(n, side):
-    """Size of a cache file: per image an aspect (float32) and a flag (a byte), padded to 4 KiB, then the pixels."""
-    return -(-5 * n // 4096) * 4096 + n * 3 * side * side
+                 tuple(data.ids[split][i] for i in keep.tolist()), aspects[keep], path)
 
 
 def _is_cache(path, n, side):
     """Whether a cache file is there: of the right size, and not the zeros that a failed copy or disk leaves."""
-    return path.is_file() and path.stat().st_size == _cache_bytes(n, side) and bool(
-        _map_cache(path, n, side)[0]["aspect"].all())
+    right_size = path.is_file() and path.stat().st_size == n * (5 + 3 * side**2)
+    return right_size and bool(_map_cache(path, n, side)[0].all())
 
 
 def _map_cache(path, n, side, mode="r"):
-    """({"aspect": (n,) float32, "good": (n,) uint8}, images (n, 3, side, side) uint8) mapped from a cache file."""
+    """A cache file's aspects (n,) float32, flags (n,) uint8 and images (n, 3, side, side) uint8, mapped.
+
+    Flags: 0 left out, 1 good, 2 damaged and kept.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that a mapping made for reading cannot be written to
-        flat = torch.from_numpy(np.memmap(path, np.uint8, mode, shape=_cache_bytes(n, side)))
-    pixels = flat[len(flat) - n * 3 * side * side:].view(n, 3, side, side)
-    return {"aspect": flat[:4 * n].view(torch.float32), "good": flat[4 * n:5 * n]}, pixels
+        flat = torch.from_numpy(np.memmap(path, np.uint8, mode, shape=n * (5 + 3 * side**2)))
+    aspects, good, pixels = flat.split([4 * n, n, 3 * n * side**2])
+    return aspects.view(torch.float32), good, pixels.view(n, 3, side, side)
 
 
 def _decode_all(files, split, to_view, side, path):
     """Decode the files of a split in parallel into the cache file `path`, written whole or not at all."""
     bad = {}
     with written_whole(path) as temporary:
-        size = _cache_bytes(len(files), side)
         try:
-            with open(temporary, "wb") as file:
-                file.truncate(size)
-                if hasattr(os, "posix_fallocate"):  # take the room now: a disk must not fill up below the mapping
-                    os.posix_fallocate(file.fileno(), 0, size)
+            aspects, good, images = _map_cache(temporary, len(files), side, "w+")
+            with open(temporary, "rb+") as file:  # take the room now: a disk must not fill up below the mapping
+                getattr(os, "posix_fallocate", lambda *args: None)(file.fileno(), 0, temporary.stat().st_size)
         except OSError as error:
             where = f"{path.parent} ({error.strerror}): set HW13_CACHE"
-            raise UserError(f"the cache of {size / 1e9:.1f} GB cannot be made in {where}") from None
-        header, images = _map_cache(temporary, len(files), side, "r+")
-        for part in header.values():
-            part.fill_(1)
+            raise UserError(f"the cache of {3e-9 * len(files) * side**2:.1f} GB cannot be made in {where}") from None
+        aspects.fill_(1)
+        good.fill_(1)
 
         def store(i, image):
-            header["aspect"][i] = image.width / image.height
+            aspects[i] = image.width / image.height
             images[i] = torch.from_numpy(np.array(to_view(image))).permute(2, 0, 1)
 
         def decode(i):
@@ -785,10 +768,10 @@ def _decode_all(files, split, to_view, side, path):
             for i in sorted(bad):
                 image, how = _rescue(files[i])
                 store(i, image)
-                header["good"][i] = 2
+                good[i] = 2
                 say(f"WARNING: {bad[i]}; {how}, so that its row stays in the CSV")
         elif bad:
-            _leave_out(bad, header["good"], images)
+            _leave_out(bad, good, images)
 
 
 def _rescue(path):
@@ -859,11 +842,9 @@ def make_demo_data():
 # 2  Loader
 # =====================================================================================================================
 
-# images (B, 3, S, S) float32, labels (B,) int64 or (B, 11) probabilities, rows (B,): their places in the Split;
+# images (B, 3, S, S) float32, labels (B,) int64, rows (B,): their places in the Split;
 # share: this process's images x number of processes / images of the step, so that averaged gradients are exact.
 Batch = namedtuple("Batch", "images labels rows share", defaults=(None, 1.0))
-# theta: (N, 2, 3), output -> source coordinates. frames: tuple of (N, 2, 3), output -> the frames that cut to black.
-Affine = namedtuple("Affine", "theta frames")
 
 
 def _matrix(a, b, c, d, x=0.0, y=0.0):
@@ -872,7 +853,7 @@ def _matrix(a, b, c, d, x=0.0, y=0.0):
     return torch.stack(torch.broadcast_tensors(*entries), -1).view(-1, 3, 3)
 
 
-def sample_crops(aspects, scale, ratio, generator):
+def sample_crops(aspects, scale, generator, ratio=(3 / 4, 4 / 3)):
     """RandomResizedCrop's draw for N pictures: (centre x, centre y, half width, half height), each (N,) in [-1, 1].
 
     As in torchvision, ten tries of an area in `scale` and a log-uniform width / height in `ratio`; the first that lies
@@ -896,11 +877,11 @@ def sample_crops(aspects, scale, ratio, generator):
 
 
 def sample_affine(aspects, cfg, generator):
-    """Draw the training view of N pictures of the given `aspects` (N,): an Affine in [-1, 1] coordinates, on the CPU.
+    """Draw the training view of N pictures of the given `aspects` (N,): matrices (N, M, 2, 3) for `warp`, on the CPU.
 
-    One matrix an image composes the crop, the flips, RandomRotation and RandomAffine in the order of the course's
-    Boss transform. Each turn cuts at the frame of the crop and fills with black, so its frame comes along as a matrix
-    of its own (none where the config does not turn).
+    The first matrix of an image composes the crop, the flips, RandomRotation and RandomAffine in the order of the
+    course's Boss transform. Each turn cuts at the frame of the crop and fills with black, so its frame comes along as
+    a matrix of its own (none where the config does not turn). Coordinates are in [-1, 1], from output to source.
     """
     n = len(aspects)
 
@@ -910,15 +891,14 @@ def sample_affine(aspects, cfg, generator):
     def flip(probability):
         return 1 - 2 * (torch.rand(n, dtype=torch.float64, generator=generator) < probability).double()
 
-    x, y, wide, high = sample_crops(aspects, cfg.crop_scale, cfg.crop_ratio, generator)
+    x, y, wide, high = sample_crops(aspects, cfg.crop_scale, generator)
     crop = _matrix(wide * flip(cfg.hflip), 0, 0, high * flip(cfg.vflip), x, y)
     # Undone in reverse order. torchvision's rotate turns counter-clockwise and its affine clockwise.
     turns = [sign * math.pi / 180 * uniform(limit) for sign, limit in ((-1, cfg.affine), (1, cfg.rotation)) if limit]
-    undo, frames = torch.eye(3, dtype=torch.float64).expand(n, 3, 3), []
+    frames = [torch.eye(3, dtype=torch.float64).expand(n, 3, 3)]
     for angle in turns:
-        undo = _matrix(angle.cos(), -angle.sin(), angle.sin(), angle.cos()) @ undo
-        frames.append(undo[:, :2].float())
-    return Affine((crop @ undo)[:, :2].float(), tuple(frames))
+        frames.append(_matrix(angle.cos(), -angle.sin(), angle.sin(), angle.cos()) @ frames[-1])
+    return torch.stack([crop @ frames[-1], *frames[1:]], 1)[:, :, :2].float()
 
 
 def coordinates(matrices, size):
@@ -931,15 +911,17 @@ def coordinates(matrices, size):
     return along_x[..., None, None] * line + (along_y[..., None] * line + shift[..., None])[..., None]
 
 
-def warp(images, affine, size):
-    """Apply an Affine to uint8 `images` (B, 3, H, W): float32 (B, 3, size, size) in 0..255, black outside the frames.
+def warp(images, matrices, size):
+    """Apply `matrices` (B, M, 2, 3) to uint8 `images` (B, 3, H, W): float32 (B, 3, size, size) in 0..255.
 
-    The one bilinear grid_sample takes the source with its border repeated; each frame fades to black over half a pixel
-    on either side of its edge, as grid_sample's zero padding would.
+    The first matrix leads to the source, which the one bilinear grid_sample takes with its border repeated; each other
+    one leads to a frame, outside of which the picture is black. A frame fades over half a pixel on either side of its
+    edge, as grid_sample's zero padding would.
     """
-    grid = coordinates(affine.theta, size).permute(0, 2, 3, 1)
+    to_source, *frames = matrices.unbind(1)
+    grid = coordinates(to_source, size).permute(0, 2, 3, 1)
     out = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
-    for frame in affine.frames:
+    for frame in frames:
         outside = coordinates(frame, size).abs_().amax(1, keepdim=True).sub_(1)
         out *= outside.mul_(-size / 2).add_(0.5).clamp_(0, 1)
     return out
@@ -957,27 +939,13 @@ def normalize(images):
     return torch.addcmul(-mean / std, images, 1 / std)
 
 
-def mix(images, labels, cfg, seed):
-    """CutMix (Yun et al. 2019) or MixUp (Zhang et al. 2018) of a batch with itself, drawn from `seed` alone.
-
-    images (B, 3, S, S), labels (B,) -> (images, labels); labels become (B, 11) probabilities where it mixed. Teacher
-    and student see the same mixed picture, so a distilled student needs no labels for it (Beyer et al. 2022).
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        if torch.rand(()) < cfg.cutmix:
-            return v2.CutMix(num_classes=NUM_CLASSES)(images, labels)
-        return v2.MixUp(alpha=cfg.mixup, num_classes=NUM_CLASSES)(images, labels) if cfg.mixup else (images, labels)
-
-
 class BatchLoader:
     """Batches of a Split on the device: Batch(images (B, 3, S, S) float32 normalised, labels (B,), rows (B,), share).
 
-    Labels are (B, 11) probabilities where the config mixes pictures. train=True shuffles and augments as `cfg` says;
-    every draw of an epoch is a function of (seed, epoch) alone and belongs to the image's row, so a resumed run sees
-    what an uninterrupted one would. Otherwise batches come in order. The uint8 images move onto the GPU when they fit
-    in half of its free memory, else they are read batch by batch through pinned memory. Under torch.distributed each
-    process yields its part of every batch, unless shared=False.
+    train=True shuffles and augments as `cfg` says; every draw of an epoch is a function of (seed, epoch) alone and
+    belongs to the image's row, so a resumed run sees what an uninterrupted one would. Otherwise batches come in order.
+    The uint8 images move onto the GPU when they fit in half of its free memory, else they are read batch by batch
+    through pinned memory. Under torch.distributed each process yields its part of every batch, unless shared=False.
     Raises UserError where the view is not the one that the config's crop wants.
     """
 
@@ -1011,12 +979,10 @@ class BatchLoader:
 
     def __iter__(self):
         draw = self._draw()
-        for number, step in enumerate(self.batches()):
+        for step in self.batches():
             rows = step.tensor_split(self.world)[self.rank]
-            images, labels = self.views_of(rows, draw), self.labels[rows.to(self.device, non_blocking=True)]
-            if self.train and (self.cfg.mixup or self.cfg.cutmix):
-                images, labels = mix(images, labels, self.cfg, self._generator(2 + number).initial_seed())
-            yield Batch(images, labels, rows, len(rows) * self.world / len(step))
+            labels = self.labels[rows.to(self.device, non_blocking=True)]
+            yield Batch(self.views_of(rows, draw), labels, rows, len(rows) * self.world / len(step))
 
     def views_of(self, rows, draw=None):
         """The normalised images (B, 3, S, S) of some rows as the chosen epoch shows them."""
@@ -1024,9 +990,9 @@ class BatchLoader:
         near = self.images.device.type == self.device.type
         images = self.images[there] if near else self.images[rows].pin_memory().to(self.device, non_blocking=True)
         draw = self._draw() if draw is None else draw
-        if isinstance(draw, Affine):
-            images = warp(images, Affine(draw.theta[there], tuple(f[there] for f in draw.frames)), self.cfg.image_size)
-        elif draw is not None:
+        if self.train and self.cfg.crop_scale:
+            images = warp(images, draw[there], self.cfg.image_size)
+        elif self.train:
             images = torch.where(draw[there, None, None, None], images.flip(3), images)
         return normalize(images)
 
@@ -1035,17 +1001,13 @@ class BatchLoader:
         return torch.Generator().manual_seed(int(fingerprint(self.cfg.seed, self.epoch, stream)[:15], 16))
 
     def _draw(self):
-        """This epoch's view of every row, on the device: an Affine; flips (N,) bool for the centre crop; or None."""
+        """This epoch's training view of every row, on the device: matrices for `warp`, or flips (N,) bool."""
         generator = self._generator(1)
-        if not self.train:
-            return None
         if not self.cfg.crop_scale:
             return (torch.rand(len(self.split), generator=generator) < self.cfg.hflip).to(self.device)
         # In parts: what is drawn on the way is twenty times as large as what remains.
         parts = [sample_affine(part, self.cfg, generator) for part in self.split.aspects.split(4096)]
-        frames = zip(*(part.frames for part in parts), strict=True)
-        return Affine(torch.cat([part.theta for part in parts]).to(self.device),
-                      tuple(torch.cat(frame).to(self.device) for frame in frames))
+        return torch.cat(parts).to(self.device)
 
 
 # =====================================================================================================================
@@ -1231,10 +1193,9 @@ def load_weights(path):
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    if not isinstance(state, dict) or not state or not all(
-            isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()):
+    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise UserError(f"{path} is not loaded: it holds no state dict (names of layers -> tensors)")
-    return OrderedDict((re.sub(r"^((module|_orig_mod)\.)+", "", key), value) for key, value in state.items())
+    return OrderedDict((re.sub(r"^((module|_orig_mod)\.)+", "", str(key)), value) for key, value in state.items())
 
 
 class AveragedTeachers(nn.Module):
@@ -1301,17 +1262,14 @@ class TeacherViews:
     def __init__(self, cfg, loader, teacher_checksum, dtype=None):
         split = loader.split
         shape = (cfg.teacher_views, len(split), NUM_CLASSES)
-        keys = ("seed", "image_size", "batch_size", "crop_scale", "crop_ratio", "hflip", "vflip", "rotation", "affine",
-                "mixup", "cutmix", "teacher_views")
-        key = fingerprint(teacher_checksum, str(dtype), loader.device.type, split.ids, split.cache.name,
-                          rank_and_world()[1], [getattr(cfg, k) for k in keys]).encode()
+        keys = ("seed", "image_size", "batch_size", "crop_scale", "hflip", "vflip", "rotation", "affine")
+        settings = [str(dtype), loader.device.type, rank_and_world()[1], *(getattr(cfg, key) for key in keys)]
+        key = fingerprint(teacher_checksum, split.ids, split.cache.name, shape, settings).encode()
         self.path = cache_root() / f"teacher-{key.decode()}.logits"
         size = len(key) + 4 * math.prod(shape)
         if not self.path.is_file() and rank_and_world()[0] == 0:
-            with written_whole(self.path) as temporary, open(temporary, "wb") as file:
-                file.write(key)
-                for _ in range(shape[0]):
-                    file.write(np.full(shape[1:], np.nan, np.float32).tobytes())
+            with written_whole(self.path) as temporary:
+                temporary.write_bytes(key + np.full(shape, np.nan, np.float32).tobytes())
         _collective("barrier")
         if self.path.stat().st_size != size or self.path.open("rb").read(len(key)) != key:
             raise UserError(f"{self.path} holds the teacher's logits for other pictures or settings: delete it")
@@ -1341,7 +1299,7 @@ def loss_fn_kd(student_logits, labels, teacher_logits, alpha=0.5, temperature=20
 
         alpha * T^2 * KL(teacher || student) + (1 - alpha) * CE(student, labels)
 
-    student_logits, teacher_logits: (B, 11); labels: (B,) int64, or (B, 11) probabilities. KL is the mean over the
+    student_logits, teacher_logits: (B, 11); labels: (B,) int64. KL is the mean over the
     batch of distributions softened by T; T^2 keeps its gradient at the size of the other term's. Returns a scalar.
     """
     student_logits, teacher_logits = student_logits.float(), teacher_logits.float()
@@ -1500,11 +1458,12 @@ def check_loss_fn_kd(my_loss):
     except Exception as error:  # whatever a learner's code raises is theirs to read
         print(f"Not yet: it raises {type(error).__name__}: {error}")
         return False
-    right, wanted = agrees(loss_fn_kd), loss_fn_kd(*cases[0])
-    unknown = f"no known mistake gives {given[0]:.4f} for alpha 0.3 and T 4; wanted is {wanted:.4f}"
-    hint = next((hint for hint, mistaken in KD_MISTAKES.items() if agrees(mistaken)), unknown)
-    print("Right: it agrees with loss_fn_kd." if right else f"Not yet: {hint}.")
-    return right
+    if agrees(loss_fn_kd):
+        print("Right: it agrees with loss_fn_kd.")
+        return True
+    unknown = f"it gives {given[0]:.4f} where {loss_fn_kd(*cases[0]):.4f} is wanted, and that is no known mistake"
+    print(f"Not yet: {next((hint for hint, mistaken in KD_MISTAKES.items() if agrees(mistaken)), unknown)}.")
+    return False
 
 
 # =====================================================================================================================
@@ -1550,18 +1509,10 @@ class TrainState:
 
     def __init__(self, loss_fn, cfg, device):
         self.loss_fn, self.history = loss_fn, []
+        self.best = _copy_of(loss_fn.student)  # of the epoch with the best validation accuracy
         self.optimizer = build_optimizer(cfg, loss_fn.parameters())
         self.scaler = torch.amp.GradScaler(device.type, enabled=loss_fn.dtype is torch.float16)
-        self.ema = AveragedModel(loss_fn.student, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema_decay)) if (
-            cfg.ema_decay) else None
-        self.best = _copy_of(self.deployed)  # of the epoch with the best validation accuracy
-        parts = {"loss_fn": loss_fn, "optimizer": self.optimizer, "scaler": self.scaler}
-        self.parts = parts | ({"ema": self.ema} if self.ema else {})
-
-    @property
-    def deployed(self):
-        """The net that is validated, saved and submitted: the average where there is one, else the student."""
-        return self.ema.module if self.ema else self.loss_fn.student
+        self.parts = {"loss_fn": loss_fn, "optimizer": self.optimizer, "scaler": self.scaler}
 
     def state_dict(self):
         return {"history": self.history, "best": self.best} | {n: part.state_dict() for n, part in self.parts.items()}
@@ -1609,7 +1560,7 @@ def train_one_epoch(state, forward, loader, cfg, epoch, views=None, on_step=None
         if views and stored is None and teacher_logits is not None:
             views.write(view, rows, teacher_logits)
         sums[0] += loss.detach() * len(labels)
-        sums[1] += (student_logits.detach().argmax(1) == (labels.argmax(1) if labels.ndim > 1 else labels)).sum()
+        sums[1] += (student_logits.detach().argmax(1) == labels).sum()
         sums[2] += len(labels)
         recent.append((loss.detach(), rows))
         if len(recent) == cfg.finite_check or step == n_steps - 1:
@@ -1636,7 +1587,7 @@ def check_finite(recent, cfg, epoch, loader):
 
 
 def optimizer_step(state, loss, lr, grad_norm_max):
-    """Backward pass, clipped gradients, one step, and the average of the weights where there is one.
+    """Backward pass, clipped gradients, one step.
 
     Under fp16 the gradients are unscaled before they are clipped; without it the scaler does nothing.
     """
@@ -1648,8 +1599,6 @@ def optimizer_step(state, loss, lr, grad_norm_max):
     nn.utils.clip_grad_norm_(state.loss_fn.parameters(), grad_norm_max)
     state.scaler.step(state.optimizer)
     state.scaler.update()
-    if state.ema:
-        state.ema.update_parameters(state.loss_fn.student)
 
 
 def predict_logits(model, loader):
@@ -1735,13 +1684,11 @@ class RunDisplay:
         """Say once, after so many `seconds`: the pace, the end, and whether Kaggle's session is long enough for it."""
         rate, self.told = (self.bar.n - self.bar.initial) / seconds, True
         left = datetime.timedelta(seconds=round((self.bar.total - self.bar.n) / rate))
-        text = f"{self.cfg.exp_name}: {rate:,.0f} images/s, {left} to go, till {datetime.datetime.now() + left:%H:%M}"
-        if on_kaggle():
-            rest = datetime.timedelta(hours=KAGGLE_HOURS, seconds=round(SESSION_START - time.time()))
-            advice = ": choose LENGTH = 'lesson' or a smaller n_epochs, or go on in a second session"
-            text += f"; the Kaggle session has {rest} left{advice * (left > rest)}"
+        rest = datetime.timedelta(hours=KAGGLE_HOURS, seconds=round(SESSION_START - time.time()))
+        advice = ": choose LENGTH = 'lesson' or a smaller n_epochs, or go on in a second session" * (left > rest)
+        session = f"; the Kaggle session has {rest} left{advice}" * on_kaggle()
         if left > datetime.timedelta(minutes=1):
-            say(text)
+            say(f"{self.cfg.exp_name}: {rate:,.0f} images/s, {left} to go{session}")
 
 
 def time_is_up(cfg, history, device):
@@ -1787,8 +1734,8 @@ def fit(student, train_loader, valid_loader, cfg, teacher=None, folder=None, fac
         _collective("barrier")  # all have read what the first process writes next
         if isinstance(train_loader, BatchLoader):
             say(describe_run(cfg, train_loader))
-        views = TeacherViews(cfg, train_loader, state_checksum(teacher), loss_fn.dtype) if (
-            cfg.teacher_views and cfg.needs_teacher) else None
+        replays = cfg.teacher_views and cfg.needs_teacher
+        views = TeacherViews(cfg, train_loader, state_checksum(teacher), loss_fn.dtype) if replays else None
         save_run(state, folder, facts, last=not is_finished(state.history, cfg))
         try:
             train_epochs(state, train_loader, valid_loader, cfg, views, folder, facts)
@@ -1814,11 +1761,12 @@ def train_epochs(state, train_loader, valid_loader, cfg, views, folder, facts):
                 break
             start, epoch = time.perf_counter(), len(state.history)
             row = train_one_epoch(state, forward, train_loader, cfg, epoch, views, display.on_step)
-            for buffer in state.deployed.buffers():  # all processes validate the net with the first one's statistics
+            student = state.loss_fn.student
+            for buffer in student.buffers():  # all processes validate the net with the first one's statistics
                 _collective("broadcast", buffer, 0)
-            row |= evaluate(state.deployed, valid_loader) if valid_loader else {"valid_acc": math.nan}
+            row |= evaluate(student, valid_loader) if valid_loader else {"valid_acc": math.nan}
             if not valid_loader or best_so_far([*state.history, row])[1] == 0:
-                state.best = _copy_of(state.deployed)
+                state.best = _copy_of(student)
             state.history.append({"epoch": epoch + 1, **row, "seconds": time.perf_counter() - start})
             display.show(epoch + 1, row["train_loss"], row["train_acc"])
             save_run(state, folder, facts)
@@ -1833,8 +1781,8 @@ def out_of_memory_named(cfg):
         if not re.search("MemoryError|out of memory|allocate memory|enough memory|ALLOC_FAILED|bad_alloc", repr(error)):
             raise
         traceback.clear_frames(error.__traceback__)  # a notebook would keep them, and with them the memory
-        raise UserError(f"{cfg.exp_name}: out of memory with batch_size={cfg.batch_size}, image_size={cfg.image_size}: "
-                        f"set batch_size={max(2, cfg.batch_size // 2)} or a smaller image_size, with --fresh") from None
+        now, half = f"batch_size={cfg.batch_size}, image_size={cfg.image_size}", max(2, cfg.batch_size // 2)
+        raise UserError(f"{cfg.exp_name}: out of memory with {now}: set batch_size={half}, with --fresh") from None
 
 
 def _copy_of(model):
@@ -1865,8 +1813,8 @@ def go_on(state, cfg, folder, facts):
         try:
             state.load_state_dict(saved)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise UserError(f"{place} holds a run of another student or program ({str(error).splitlines()[0]}); "
-                            "--fresh starts it again") from None
+            why = str(error).splitlines()[0]
+            raise UserError(f"{place} holds a run of another student or program ({why}); --fresh restarts it") from None
         n, finished = len(state.history), is_finished(state.history, cfg)
         say(f"{cfg.exp_name}: {'finished before, loaded' if finished else f'goes on after epoch {n}'} from {place}")
 
@@ -1919,23 +1867,21 @@ def read_run(folder):
     "facts" are parsed. A damaged last.ckpt is put aside, so that the next save cannot keep it as its predecessor.
     Raises UserError where files are there and none is whole.
     """
-    wrong = {}  # {damaged file: what is wrong with it}
-    for path in filter(Path.is_file, (Path(folder) / name for name in RUN_FILES)):
+    files = list(filter(Path.is_file, (Path(folder) / name for name in RUN_FILES)))
+    for path in files:
         try:
             saved = load_file(path)
             saved["facts"] = json.loads(saved["facts"])
             dict(saved["facts"]["config"])
             best_so_far(saved["history"])  # reads each row, as all that follows does
+            return saved
         except (KeyError, TypeError, ValueError) as error:
-            wrong[path] = str(error) if isinstance(error, UserError) else f"{path} is no run of this program"
-            continue
-        for damaged, why in wrong.items():
-            say(f"WARNING: {why}; going on from {path.name}, the save before it")
+            why = str(error) if isinstance(error, UserError) else f"{path} is no run of this program"
+            if path is files[-1]:
+                raise UserError(f"{why}; --fresh starts the run again") from None
+            say(f"WARNING: {why}; going on from {files[-1].name}, the save before it")
             with contextlib.suppress(OSError):
-                os.replace(damaged, damaged.with_name("damaged.ckpt"))
-        return saved
-    if wrong:
-        raise UserError(f"{next(iter(wrong.values()))}; --fresh starts the run again")
+                os.replace(path, path.with_name("damaged.ckpt"))
     return None
 
 
@@ -1986,12 +1932,10 @@ def build_loaders(cfg, data, device):
 
 def describe_run(cfg, loader):
     """One line at the start of a stage: device, precision, processes, and where the decoded images lie."""
-    device, split, world = loader.device, loader.split, rank_and_world()[1]
+    device, split, world = loader.device, loader.split, f" x {rank_and_world()[1]}" * (rank_and_world()[1] > 1)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    dtype = str(amp_dtype(device, cfg.amp) or torch.float32).removeprefix("torch.")
-    return (f"{cfg.exp_name}: {split.origin}; {device.type} ({name}), {dtype}{f', {world} processes' * (world > 1)}; "
-            f"{len(split):,} images, {split.images.nbytes / 1e9:.2f} GB in {split.cache}"
-            f"{', moved onto the GPU' * loader.images.is_cuda}")
+    dtype, where = str(amp_dtype(device, cfg.amp) or torch.float32)[6:], " (on the GPU)" * loader.images.is_cuda
+    return f"{cfg.exp_name}: {split.origin}; {name}{world}, {dtype}; {len(split):,} images in {split.cache}{where}"
 
 
 def stage_folder(cfg, data, out=None):
@@ -2080,14 +2024,6 @@ def run(data, stages=tuple(STAGES), teacher=None, out=None, fresh=False, length=
     return runs
 
 
-def with_validation(data):
-    """The FoodData whose training images are the training and the validation images, for `final_fit` alone."""
-    def both(rows):
-        return rows | {"training": rows["training"] + rows["validation"]}
-
-    return replace(data, files=both(data.files), labels=both(data.labels), ids=both(data.ids))
-
-
 def final_fit(validated, data, teacher=None, out=None, fresh=False, submit_it=False):
     """Repeat a validated Run on training and validation images together; the path of its CSV, None if not finished.
 
@@ -2099,7 +2035,9 @@ def final_fit(validated, data, teacher=None, out=None, fresh=False, submit_it=Fa
         return None
     best_epoch = int(validated.history["valid_acc"].argmax()) + 1
     cfg = replace(validated.cfg, exp_name=f"{validated.name}_final", patience=best_epoch)
-    device, everything, teacher = pick_device(), with_validation(data), teacher if cfg.needs_teacher else None
+    device, teacher = pick_device(), teacher if cfg.needs_teacher else None
+    parts = {key: getattr(data, key) for key in ("files", "labels", "ids")}  # their training images: both splits
+    everything = replace(data, **{k: v | {"training": v["training"] + v["validation"]} for k, v in parts.items()})
     student, folder, facts = checked_stage(cfg, everything, teacher, out, True, device)
     facts["final"] = True
     try:
@@ -2157,9 +2095,9 @@ TTA_SCALES = (1.0, 0.75)
 
 
 def centre_crops(aspects, scale):
-    """The Affine of the central square of `scale` times a picture's shorter side, in the `whole` view; aspects (N,)."""
+    """Matrices (N, 1, 2, 3) to the central square of `scale` times a picture's shorter side, in the `whole` view."""
     wide, high = (scale * (aspects ** sign).clamp(max=1) for sign in (-1, 1))
-    return Affine(_matrix(wide, 0, 0, high)[:, :2].float(), ())
+    return _matrix(wide, 0, 0, high)[:, None, :2].float()
 
 
 def tta_probabilities(student, exact, whole, scales=TTA_SCALES):
@@ -2168,10 +2106,10 @@ def tta_probabilities(student, exact, whole, scales=TTA_SCALES):
     exact and whole: BatchLoaders of the `eval` and of the `whole` view of one split, in equal batches. Nothing is
     drawn.
     """
-    crops, parts = [centre_crops(whole.split.aspects, scale).theta.to(whole.device) for scale in scales], []
+    crops, parts = [centre_crops(whole.split.aspects, scale).to(whole.device) for scale in scales], []
     with evaluation_mode(student):
         for batch, full in zip(exact, whole, strict=True):
-            cut = [warp(full.images, Affine(theta[full.rows], ()), whole.cfg.image_size) for theta in crops]
+            cut = [warp(full.images, crop[full.rows], whole.cfg.image_size) for crop in crops]
             views = [view for images in (batch.images, *cut) for view in (images, images.flip(3))]
             parts.append(sum(F.softmax(student(view).float(), 1) for view in views).cpu() / len(views))
     return torch.cat(parts)

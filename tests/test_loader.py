@@ -25,8 +25,8 @@ def pixels(image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def affine(matrix, frames=()):
-    return h.Affine(torch.tensor([matrix], dtype=torch.float32), frames)
+def affine(*matrices):
+    return torch.tensor([matrices], dtype=torch.float32)
 
 
 # --- the exact view --------------------------------------------------------------------------------------------------
@@ -80,13 +80,13 @@ def test_the_boss_chain_equals_torchvisions_given_its_parameters(seed):
     source, size = smooth_picture(256, seed), 224
     cfg = h.get_config("boss")
     draw = h.sample_affine(torch.ones(1), cfg, torch.Generator().manual_seed(seed))
-    undo_affine, undo_both = (f[0].double() for f in draw.frames)
+    to_source, undo_affine, undo_both = draw[0].double()
     affine_angle = math.degrees(math.atan2(-undo_affine[1, 0], undo_affine[0, 0]))  # clockwise
     both = math.degrees(math.atan2(undo_both[1, 0], undo_both[0, 0]))
     rotate_angle = both + affine_angle  # counter-clockwise
-    linear = draw.theta[0, :, :2].double() @ torch.linalg.inv(undo_both[:, :2])  # crop and flips alone
+    linear = to_source[:, :2] @ torch.linalg.inv(undo_both[:, :2])  # crop and flips alone
     wide, high = linear[0, 0].abs().item(), linear[1, 1].abs().item()
-    x, y = draw.theta[0, :, 2].tolist()
+    x, y = to_source[:, 2].tolist()
     left, top = (1 + x - wide) * 128, (1 + y - high) * 128
     # The crop with sub-pixel edges, as torchvision's resize would see it; then flip, rotate, affine: torchvision's.
     image = source.resize((size, size), Image.Resampling.BILINEAR,
@@ -114,12 +114,12 @@ def test_both_frames_cut_to_black():
 
 
 def turn(rotation, affine_angle):
-    """The Affine of fixed angles, by drawing from limits of that size until the draw is close to them."""
+    """The matrices of fixed angles, without a crop."""
     a, r = math.radians(affine_angle), math.radians(rotation)
     undo_a = torch.tensor([[math.cos(a), math.sin(a), 0], [-math.sin(a), math.cos(a), 0], [0, 0, 1.0]])
     undo_r = torch.tensor([[math.cos(r), -math.sin(r), 0], [math.sin(r), math.cos(r), 0], [0, 0, 1.0]])
     both = undo_r @ undo_a
-    return h.Affine(both[None, :2], (undo_a[None, :2], both[None, :2]))
+    return torch.stack([both, undo_a, both])[None, :, :2]
 
 
 # --- the draw --------------------------------------------------------------------------------------------------------
@@ -133,8 +133,7 @@ def test_crops_follow_torchvisions_distribution(aspect):
     torch.manual_seed(0)
     theirs = torch.tensor([transforms.RandomResizedCrop.get_params(image, (0.7, 1.0), (3 / 4, 4 / 3))
                            for _ in range(n)], dtype=torch.float64)  # top, left, height, width
-    x, y, wide, high = h.sample_crops(torch.full((n,), width / height), (0.7, 1.0), (3 / 4, 4 / 3),
-                                      torch.Generator().manual_seed(1))
+    x, y, wide, high = h.sample_crops(torch.full((n,), width / height), (0.7, 1.0), torch.Generator().manual_seed(1))
     assert (wide.max() <= 1 + 1e-9) and (high.max() <= 1 + 1e-9)
     assert ((x.abs() + wide).max() <= 1 + 1e-9) and ((y.abs() + high).max() <= 1 + 1e-9)
     ours = torch.stack([(1 + y - high) / 2 * height, (1 + x - wide) / 2 * width, high * height, wide * width], 1)
@@ -148,18 +147,17 @@ def test_crops_follow_torchvisions_distribution(aspect):
 def test_flips_and_angles_follow_the_config():
     n = 20_000
     draw = h.sample_affine(torch.ones(n), BOSS, torch.Generator().manual_seed(0))
-    undo_affine = draw.frames[0]
+    undo_affine = draw[:, 1]
     angles = torch.atan2(undo_affine[:, 1, 0], undo_affine[:, 0, 0]).rad2deg()
     assert angles.abs().max() <= 30.01 and abs(angles.mean()) < 0.5 and abs(angles.std() - 60 / 12**0.5) < 0.3
-    assert abs((torch.linalg.det(draw.theta[:, :, :2]) < 0).float().mean() - 0.5) < 0.02  # one flip of two
-    plain = h.sample_affine(torch.ones(n), h.Config(crop_scale=(1, 1), crop_ratio=(1, 1), hflip=0.25),
-                            torch.Generator().manual_seed(0))
-    assert plain.frames == () and abs((plain.theta[:, 0, 0] < 0).float().mean() - 0.25) < 0.02
+    assert abs((torch.linalg.det(draw[:, 0, :, :2]) < 0).float().mean() - 0.5) < 0.02  # one flip of two
+    plain = h.sample_affine(torch.ones(n), h.Config(crop_scale=(1, 1), hflip=0.25), torch.Generator().manual_seed(0))
+    assert plain.shape == (n, 1, 2, 3) and abs((plain[:, 0, 0, 0] < 0).float().mean() - 0.25) < 0.02
 
 
 def test_every_image_of_a_batch_gets_its_own_draw():
     draw = h.sample_affine(torch.ones(50), BOSS, torch.Generator().manual_seed(0))
-    assert len({tuple(m.flatten().tolist()) for m in draw.theta}) == 50
+    assert len({tuple(m.flatten().tolist()) for m in draw[:, 0]}) == 50
 
 
 # --- the loader ------------------------------------------------------------------------------------------------------
@@ -245,50 +243,3 @@ def test_a_last_batch_too_small_to_share_joins_the_one_before(food):
     loader = boss_loader(food, batch_size=7)  # 22 = 7 + 7 + 7 + 1
     loader.world = 2
     assert [len(rows) for rows in loader.batches()] == [7, 7, 8]
-
-
-# --- mixing ----------------------------------------------------------------------------------------------------------
-
-
-def mixing_loader(food, **settings):
-    cfg = h.get_config("strong", image_size=64, batch_size=8, rotation=0.0, affine=0.0, **settings)
-    return h.BatchLoader(h.load_data(h.find_data(food), "training", "whole", 64), cfg, "cpu", train=True)
-
-
-@pytest.mark.parametrize("settings", [{"mixup": 1.0}, {"cutmix": 1.0}])
-def test_mixing_blends_a_batch_with_itself_and_its_labels_with_the_same_shares(food, settings):
-    plain, mixed = mixing_loader(food), mixing_loader(food, **settings)
-    for a, b in zip(plain, mixed, strict=True):
-        assert torch.equal(a.rows, b.rows) and b.labels.shape == (len(a.labels), 11)
-        hot = torch.nn.functional.one_hot(a.labels, 11).float()
-        other = hot.roll(1, 0)
-        differ = (hot != other).any(1)
-        share = ((b.labels - other) * hot).sum(1)[differ]
-        assert torch.allclose(b.labels.sum(1), torch.ones(len(hot))) and share.std() < 1e-5
-        if "mixup" in settings:
-            wanted = share[0] * a.images + (1 - share[0]) * a.images.roll(1, 0)
-            assert torch.allclose(b.images, wanted, atol=1e-5)
-        else:  # every pixel is one of the two pictures', and the share is the area of the first
-            own = (b.images == a.images).all(1)
-            assert (own | (b.images == a.images.roll(1, 0)).all(1)).all()
-            assert own.float().mean((1, 2))[differ].mean().item() == pytest.approx(share[0].item(), abs=0.02)
-
-
-def test_mixing_is_a_function_of_seed_and_epoch(food):
-    def epoch(loader, number):
-        loader.set_epoch(number)
-        torch.manual_seed(torch.seed() % 1000)  # the global state must not matter
-        return torch.cat([batch.images for batch in loader])
-
-    settings = {"mixup": 0.8, "cutmix": 0.5}
-    first, state = epoch(mixing_loader(food, **settings), 1), torch.get_rng_state()
-    assert torch.equal(epoch(mixing_loader(food, **settings), 1), first)
-    assert not torch.equal(epoch(mixing_loader(food, **settings), 2), first)
-    assert not torch.equal(epoch(mixing_loader(food, seed=3, **settings), 1), first) and len(state)
-
-
-def test_validation_batches_are_never_mixed(food):
-    cfg = h.get_config("strong", image_size=64, mixup=1.0, cutmix=1.0)
-    split = h.load_data(h.find_data(food), "validation", "eval", 64)
-    batch = next(iter(h.BatchLoader(split, cfg, "cpu")))
-    assert torch.equal(batch.images, h.normalize(split.images)) and batch.labels.ndim == 1

@@ -191,6 +191,6 @@ def test_a_known_mistake_by_hand(capsys):
 
 def test_check_loss_fn_kd_with_something_else(capsys):
     assert not h.check_loss_fn_kd(lambda *case: torch.tensor(1.0))
-    assert "wanted is" in capsys.readouterr().out
+    assert "is wanted" in capsys.readouterr().out
     assert not h.check_loss_fn_kd(lambda *case: 1 / 0)
     assert "ZeroDivisionError" in capsys.readouterr().out

@@ -69,7 +69,7 @@ def test_tta_is_the_mean_over_exact_view_scales_and_mirrors(food):
 
 def test_a_centre_crop_is_a_square_of_the_picture():
     """Of a picture twice as wide as high, the whole height and half the width; of a high one the other way round."""
-    crops = h.centre_crops(torch.tensor([2.0, 0.5, 1.0]), 1.0).theta
+    crops = h.centre_crops(torch.tensor([2.0, 0.5, 1.0]), 1.0)[:, 0]
     assert torch.allclose(crops[:, [0, 1], [0, 1]], torch.tensor([[0.5, 1.0], [1.0, 0.5], [1.0, 1.0]]))
-    assert crops[:, :, 2].abs().max() == 0 and torch.allclose(h.centre_crops(torch.ones(1), 0.75).theta[0, 0, 0],
+    assert crops[:, :, 2].abs().max() == 0 and torch.allclose(h.centre_crops(torch.ones(1), 0.75)[0, 0, 0, 0],
                                                               torch.tensor(0.75))

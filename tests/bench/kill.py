@@ -4,7 +4,7 @@
 
 On the drawn demo set. For each of several settings one run is left alone; then the same run is started with an empty
 cache, killed with SIGKILL at a random moment and started again, until it ends by itself. Compared are the student,
-the checkpoint (weights, optimizer, average, history but its seconds, best student), and both CSVs. Prints a table:
+the checkpoint (weights, optimizer, history but its seconds, best student), and both CSVs. Prints a table:
 runs, kills, identical results.
 """
 
@@ -29,12 +29,10 @@ import helpers as h  # noqa: E402
 SETTINGS = {
     "simple": {"n_epochs": 12},
     "medium, replayed views": {"teacher_views": 3},
-    "medium, mixing, replayed": {"teacher_views": 2, "mixup": 1.0, "cutmix": 0.5},
-    "strong, average, mixing": {"ema_decay": 0.98, "mixup": 0.5, "cutmix": 0.3},
+    "strong": {},
     "strong, sgd, early stop": {"optimizer": "sgd", "patience": 3, "n_epochs": 12},
     "boss": {},
     "boss, replayed views": {"align_weights": "()", "teacher_views": 8},
-    "boss, average": {"ema_decay": 0.95},
 }
 BASE = {"image_size": 64, "batch_size": 32, "n_epochs": 8, "lr": 2e-3}
 
