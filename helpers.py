@@ -77,8 +77,8 @@ class UserError(ValueError):
 
 
 def _key(default, meaning, low=None, high=None, choices=None):
-    """One Config key: its default, what it means (for the reader alone), and which values are allowed."""
-    return field(default=default, metadata={"low": low, "high": high, "choices": choices})
+    """One Config key: its default, what it means (`run --help` lists it), and which values are allowed."""
+    return field(default=default, metadata={"meaning": meaning, "low": low, "high": high, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -1710,8 +1710,7 @@ def fit(student, train_loader, valid_loader, cfg, teacher=None, folder=None, fac
     The loaders are BatchLoaders or the course's DataLoaders (valid_loader None: no validation, the last epoch's net is
     the best); the net is on its device. With a folder it writes student_best.ckpt (a plain fp32 state dict of the net
     with the best validation accuracy), last.ckpt, log.csv and config.json after every epoch, and goes on from last.ckpt
-    where one is there, exactly as if it had not stopped
-    (on CPUs; CUDA's sums are not the same from run to run).
+    where one is there, exactly as if it had not stopped (on CPUs; CUDA's sums are not the same from run to run).
     facts: what `identity` returns; it must be the same for going on. fresh=True starts again.
     The student ends with its best weights: also where the time limit, or a notebook's stop button, ends it early.
     Raises UserError where the folder's run has other settings or another process works there, where a loss is not
@@ -1932,10 +1931,11 @@ def build_loaders(cfg, data, device):
 
 def describe_run(cfg, loader):
     """One line at the start of a stage: device, precision, processes, and where the decoded images lie."""
-    device, split, world = loader.device, loader.split, f" x {rank_and_world()[1]}" * (rank_and_world()[1] > 1)
+    device, split, world = loader.device, loader.split, rank_and_world()[1]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    dtype, where = str(amp_dtype(device, cfg.amp) or torch.float32)[6:], " (on the GPU)" * loader.images.is_cuda
-    return f"{cfg.exp_name}: {split.origin}; {name}{world}, {dtype}; {len(split):,} images in {split.cache}{where}"
+    how = str(amp_dtype(device, cfg.amp) or torch.float32)[6:] + f", {world} processes" * (world > 1)
+    where = f"{split.cache}{', moved onto the GPU' * loader.images.is_cuda}"
+    return f"{cfg.exp_name}: {split.origin}; {name}, {how}; {len(split):,} images in {where}"
 
 
 def stage_folder(cfg, data, out=None):
@@ -2445,15 +2445,13 @@ def temperature_table(cfg, temperatures, data, teacher, device, n_epochs=10):
 
     Nothing is written.
     """
-    rows = []
+    (train, valid), classes = build_loaders(cfg, data, device), {}
     for temperature in temperatures:
-        short = replace(cfg, temperature=temperature, n_epochs=min(n_epochs, cfg.n_epochs))
-        net, (train, valid) = build_student(short).to(device), build_loaders(short, data, device)
-        fit(net, train, valid, short, teacher)
-        score = evaluate(net, valid)
-        rows.append((score["valid_acc"], standard_error(score["valid_acc"], score["n"])))
-    index = pd.Index(temperatures, name="temperature")
-    return pd.DataFrame(rows, index, columns=["accuracy", "+- s.e."]).round(4)
+        short, net = replace(cfg, temperature=temperature, n_epochs=min(n_epochs, cfg.n_epochs)), build_student(cfg)
+        fit(net.to(device), train, valid, short, teacher)
+        logits, labels = predict_logits(net, valid)
+        classes[temperature] = logits.argmax(1)
+    return accuracy_table(labels, classes, "temperature")
 
 
 def prune_unstructured(model, share):
@@ -2535,18 +2533,20 @@ def build_parser():
     parser = _Parser(prog="helpers.py", description="Distil a ResNet-18 into at most 60,000 parameters on Food-11.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
 
-    def command(name, function, help):
-        parser = commands.add_parser(name, help=help, description=help)
+    def command(name, function, help, **more):
+        parser = commands.add_parser(name, help=help, description=help, **more)
         parser.set_defaults(function=function)
         return parser.add_argument
 
-    add = command("run", _run_command, "train stages and write their CSVs")
+    keys = "\n".join(f"  {f.name:<16}{f.metadata['meaning']}" for f in dataclasses.fields(Config))
+    add = command("run", _run_command, "train stages and write their CSVs", epilog=f"the keys of --set:\n{keys}",
+                  formatter_class=argparse.RawDescriptionHelpFormatter)
     add("--data", metavar="DIR", help="folder with training/, validation/, evaluation/")
     add("--demo", action="store_true", help="use the drawn demo set")
     add("--out", metavar="DIR", help="results (default: submission/, on Kaggle its working folder)")
     add("--stages", default=",".join(STAGES), help="comma-separated (default: %(default)s)")
     add("--teacher", metavar="FILE", help=f"teacher checkpoint (default: {TEACHER_FILE} of the data)")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a config key")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a config key, listed below")
     add("--length", default="full", choices=list(LENGTHS), help="share of each stage's epochs")
     add("--final", choices=["csv", "submit"], help="repeat the best stage on all labelled images; or also submit that")
     add("--fresh", action="store_true", help="start again where a run is there already")

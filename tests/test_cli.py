@@ -1,5 +1,6 @@
 """The command line, in process: what it prints, what it leaves, and one line on stderr for every mistake."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -18,6 +19,13 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path / "here"
+
+
+def test_help_lists_every_config_key(capsys):
+    with pytest.raises(SystemExit) as end:
+        h.main(["run", "--help"])
+    keys = capsys.readouterr().out.partition("the keys of --set:")[2]
+    assert end.value.code == 0 and all(f"  {f.name} " in keys for f in dataclasses.fields(h.Config))
 
 
 def test_run_evaluate_predict_validate(food, teacher_file, here, capsys):
