@@ -1711,7 +1711,7 @@ def fit(student, train_loader, valid_loader, cfg, teacher=None, folder=None, fac
     the best); the net is on its device. With a folder it writes student_best.ckpt (a plain fp32 state dict of the net
     with the best validation accuracy), last.ckpt, log.csv and config.json after every epoch, and goes on from last.ckpt
     where one is there, exactly as if it had not stopped (on CPUs; CUDA's sums are not the same from run to run).
-    facts: what `identity` returns; it must be the same for going on. fresh=True starts again.
+    facts: what `data_facts` returns; it must be the same for going on. fresh=True starts again.
     The student ends with its best weights: also where the time limit, or a notebook's stop button, ends it early.
     Raises UserError where the folder's run has other settings or another process works there, where a loss is not
     finite, where memory does not suffice, or where it is handed evaluation images.
@@ -1724,7 +1724,7 @@ def fit(student, train_loader, valid_loader, cfg, teacher=None, folder=None, fac
     loss_fn = DistillLoss(cfg, student, teacher, amp_dtype(device, cfg.amp))
     loss_fn.to(device, memory_format=torch.channels_last)
     with locked(folder), out_of_memory_named(cfg):
-        state, facts = TrainState(loss_fn, cfg, device), all_facts(cfg, student, facts)
+        state, facts = TrainState(loss_fn, cfg, device), run_facts(cfg, student, facts)
         if folder and fresh:
             for name in RUN_FILES:
                 (Path(folder) / name).unlink(missing_ok=True)
@@ -1806,7 +1806,7 @@ def save_run(state, folder, facts, last=True):
 
 def go_on(state, cfg, folder, facts):
     """Bring `state` to where the folder's run stopped, if there is one; on Kaggle to where an input's did, if later."""
-    runs = [(saved_run(cfg, folder, facts), folder), *attached_runs(cfg, folder, facts)]
+    runs = [(resumable_run(cfg, folder, facts), folder), *attached_runs(cfg, folder, facts)]
     saved, place = max(runs, key=lambda run: len(run[0]["history"]) if run[0] else -1)
     if saved:
         try:
@@ -1826,18 +1826,18 @@ def attached_runs(cfg, folder, facts):
     name = Path(folder).relative_to(default_out()) if Path(folder).is_relative_to(default_out()) else Path(cfg.exp_name)
     for path in (p for p in attached_files(RUN_FILES[0]) if p.match(f"{name}/{RUN_FILES[0]}")):
         try:
-            yield saved_run(cfg, path.parent, facts), path.parent
+            yield resumable_run(cfg, path.parent, facts), path.parent
         except UserError as error:
             say(f"ignored: {error}")
 
 
-def all_facts(cfg, student, facts=None):
-    """What must be the same for a run to go on: config, layers, number of processes, and what `identity` returns."""
+def run_facts(cfg, student, facts=None):
+    """What must be the same for a run to go on: config, layers, number of processes, and what `data_facts` returns."""
     layers = fingerprint([(name, repr(module)) for name, module in student.named_modules()])
     return {"config": dataclasses.asdict(cfg), "layers": layers, "processes": rank_and_world()[1], **(facts or {})}
 
 
-def saved_run(cfg, folder, facts):
+def resumable_run(cfg, folder, facts):
     """The checkpoint of the run in a folder, or None where there is none. Raises UserError where it cannot go on.
 
     A damaged last.ckpt is said, and the save before it is taken. A larger n_epochs is no other setting where neither
@@ -1944,7 +1944,7 @@ def stage_folder(cfg, data, out=None):
     return (out / "demo" if data.is_demo else out) / cfg.exp_name
 
 
-def identity(data, teacher=None):
+def data_facts(data, teacher=None):
     """What a run depends on besides its config, as JSON-able facts: the data, and the teacher's weights."""
     return {"origin": data.origin, "data": fingerprint(data.ids, data.labels),
             "teacher": state_checksum(teacher) if teacher is not None else None}
@@ -1956,11 +1956,11 @@ def checked_stage(cfg, data, teacher, out, fresh, device):
     Raises UserError for a student above the limit, a loss that does not fit the teacher, or a folder with a run of
     other settings (unless it is started again).
     """
-    student, folder, facts = build_student(cfg).to(device), stage_folder(cfg, data, out), identity(data, teacher)
+    student, folder, facts = build_student(cfg).to(device), stage_folder(cfg, data, out), data_facts(data, teacher)
     check_budget(student)
     DistillLoss(cfg, student, teacher)
     if not fresh:
-        saved_run(cfg, folder, all_facts(cfg, student, facts))
+        resumable_run(cfg, folder, run_facts(cfg, student, facts))
     return student, folder, facts
 
 
@@ -1974,7 +1974,7 @@ def run_stage(cfg, data, teacher=None, out=None, fresh=False, device=None):
     student, folder, facts = checked_stage(cfg, data, teacher, out, fresh, device)
     train, valid = build_loaders(cfg, data, device)
     history = fit(student, train, valid, cfg, teacher, folder, facts, fresh)
-    if identity(data, teacher) != facts:
+    if data_facts(data, teacher) != facts:
         raise RuntimeError(f"stage {cfg.exp_name} changed the teacher's weights or statistics")
     return finish_stage(student, valid, cfg, data, history, folder)
 
@@ -2041,7 +2041,7 @@ def final_fit(validated, data, teacher=None, out=None, fresh=False, submit_it=Fa
     student, folder, facts = checked_stage(cfg, everything, teacher, out, True, device)
     facts["final"] = True
     try:
-        saved_run(cfg, folder, all_facts(cfg, student, facts))
+        resumable_run(cfg, folder, run_facts(cfg, student, facts))
     except UserError as error:  # the validated stage has moved on since
         say(f"{cfg.exp_name}: started again, for {error}")
         fresh = True
@@ -2069,7 +2069,7 @@ def train_teacher(data, out=None, cfg=None, fresh=False):
     cfg = cfg or replace(TEACHER_CONFIG, **settings)
     device, folder = pick_device(), stage_folder(cfg, data, out)
     train, valid = build_loaders(cfg, data, device)
-    history = fit(build_student(cfg).to(device), train, valid, cfg, None, folder, identity(data), fresh)
+    history = fit(build_student(cfg).to(device), train, valid, cfg, None, folder, data_facts(data), fresh)
     if not is_finished(history, cfg):
         raise UserError("the teacher is not finished, and a half-trained one must not teach: run again to go on")
     return folder / "student_best.ckpt"

@@ -403,7 +403,7 @@ def train(name, args, seed, data, teacher, device):
     folder = work_folder(name, args, seed)
     train_loader, valid_loader = h.build_loaders(cfg, data, device)
     with mock.patch.object(h, "loss_fn_kd", recipe.kd):
-        history = h.fit(net, train_loader, valid_loader, cfg, teacher, folder, h.identity(data, teacher))
+        history = h.fit(net, train_loader, valid_loader, cfg, teacher, folder, h.data_facts(data, teacher))
     logits, labels = h.predict_logits(net, valid_loader)
     small = deployed(net)
     if small is not net and not torch.allclose(h.predict_logits(small, valid_loader)[0], logits, atol=1e-3, rtol=1e-3):
