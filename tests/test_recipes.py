@@ -1,0 +1,78 @@
+"""The ring's candidates (tests/bench/recipes.py): nets that can be built, folded nets that answer alike, losses."""
+
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import helpers as h
+
+sys.path.insert(0, str(ROOT / "tests/bench"))
+
+import recipes as r  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return h.freeze(h.build_student(h.TEACHER_CONFIG))
+
+
+@pytest.mark.parametrize("name", r.RECIPES)
+def test_every_net_answers_and_all_but_the_published_one_are_legal(name, teacher):
+    net = r.RECIPES[name].net(r.RECIPES[name].cfg, teacher)
+    assert net.train()(torch.randn(2, 3, 64, 64)).shape == (2, 11)
+    assert h.check_budget(r.deployed(net), 99_891 if name == "published_boss" else h.PARAM_LIMIT) > 40_000
+
+
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_a_folded_net_answers_like_its_branches(kernel):
+    """With weights and statistics that are not the fresh ones, for which a wrong fold could pass."""
+    net = r.Spec(((24, 2, 2), (32, 2, 1)), kernel=kernel, rep=True).build()
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
+                    tensor.uniform_(0.5, 1.5)
+    images, folded = torch.randn(3, 3, 64, 64), r.deployed(net.eval())
+    with torch.no_grad():
+        assert torch.allclose(folded(images), net(images), rtol=1e-4, atol=1e-4)
+    assert not any(isinstance(module, r.RepDepthwise) for module in folded.modules())
+    assert sum(p.numel() for p in folded.parameters()) < sum(p.numel() for p in net.parameters())
+
+
+def test_an_anti_aliased_stride_keeps_a_constant_and_blurs_a_checkerboard_away():
+    pool, flat = r.BlurPool(2), torch.ones(1, 2, 8, 8)
+    board = flat * (-1.0) ** (torch.arange(8)[:, None] + torch.arange(8))
+    assert torch.allclose(pool(flat)[..., 1:, 1:], torch.ones(1, 2, 3, 3))
+    assert torch.allclose(pool(board)[..., 1:, 1:], torch.zeros(1, 2, 3, 3), atol=1e-6)
+
+
+def test_the_frozen_stem_is_the_teachers_and_stays_so(teacher):
+    net = r.RECIPES["published_boss"].net(r.RECIPES["published_boss"].cfg, teacher).train()
+    before = h.state_checksum(net.stem)
+    net(torch.randn(4, 3, 64, 64)).sum().backward()
+    assert torch.equal(net.stem[0].weight, teacher.conv1.weight) and net.stem[0].weight.grad is None
+    assert h.state_checksum(net.stem) == before and net.layer1[0][1].training
+
+
+def test_candidate_losses_vanish_where_the_answers_agree_in_their_sense():
+    """Standardised logits forget scale and shift; DIST forgets them in the probabilities alone."""
+    teacher, labels = torch.randn(8, 11), torch.zeros(8, dtype=torch.long)
+    other = torch.randn(8, 11)
+    assert r.standardised_kd(3 * teacher + 2, labels, teacher, 1.0, 2.0).abs() < 1e-4
+    assert r.standardised_kd(other, labels, teacher, 1.0, 2.0) > 0.1
+    assert r.dist_kd(teacher + 5, labels, teacher, 1.0, 2.0).abs() < 1e-4
+    for student, temperature in ((other, 2.0), (3 * teacher, 1.0)):
+        assert r.dist_kd(student, labels, teacher, 1.0, temperature) > 0.01
+
+
+def test_the_teacher_that_looks_at_enlarged_views_has_its_own_checksum(teacher):
+    large = h.freeze(r.EnlargingTeacher(teacher, 96))
+    assert h.state_checksum(large) != h.state_checksum(teacher)
+    assert large(torch.randn(2, 3, 64, 64)).shape == (2, 11)
