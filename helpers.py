@@ -93,7 +93,7 @@ class Config:
     seed: int = _key(20220013, "all randomness is a function of (seed, epoch)", 0, 2**31 - 1)
     image_size: int = _key(224, "pixels a side that the networks see", 40, 512)
     # The student. The sample net has no settings; of the others, widths, depths and strides have one entry a layer.
-    student: str = _key("sample", "name of its builder in STUDENTS")
+    student: str = _key("sample", "sample, dwpw, ir, or a builder of your own in STUDENTS")
     stem_width: int = _key(48, "channels after the stem", 1, 1024)
     widths: tuple = _key((64, 128, 256), "channels of layer1, layer2, ...", 1, 4096)
     depths: tuple = _key((1, 1, 1), "blocks in each layer", 1, 64)
@@ -114,7 +114,7 @@ class Config:
     loss_schedule: str = _key("constant", "how the loss weights move with the epoch", choices=("constant", "handover"))
     teacher_views: int = _key(0, "store the teacher's logits for this many replayed epochs (0: never)", 0, 100_000)
     # The optimisation.
-    optimizer: str = _key("adam", "which of OPTIMIZERS", choices=("adam", "adamw", "sgd"))
+    optimizer: str = _key("adam", "how the weights move", choices=("adam", "adamw", "sgd"))
     lr: float = _key(3e-4, "learning rate (its peak, where it moves)", 0.0, 100.0)
     lr_schedule: str = _key("constant", "constant, or cosine down to zero", choices=("constant", "cosine"))
     warmup_epochs: float = _key(0.0, "epochs of linear warm-up", 0.0, 10_000.0)
@@ -384,20 +384,21 @@ def written_whole(path, keep_as=None):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Hold a folder (None: nothing) for the block: UserError where another process holds it.
+    """Hold a folder (None: nothing) for the block: UserError where another process holds it or it cannot be written.
 
     A killed process holds nothing, for the system closes its files.
     """
     with contextlib.ExitStack() as held:
         if folder and rank_and_world()[0] == 0:
-            check_writable(folder)
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            file = os.open(folder, os.O_RDONLY)
-            held.callback(os.close, file)
             try:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                file = os.open(folder, os.O_RDONLY)
+                held.callback(os.close, file)
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"another run is working in {folder}: wait for it or choose another --out") from None
+            except OSError as error:
+                raise UserError(f"{folder} cannot be written ({error.strerror}); what was saved is intact") from None
         yield
 
 
@@ -510,7 +511,8 @@ def find_data(root=None):
     here = [] if on_kaggle() else [folder for folder in (Path("Food-11"), Path("data/Food-11")) if folder.is_dir()]
     folder = named or next(iter(mounts + here), None)
     if folder is None and on_kaggle():
-        raise UserError(f"no Food-11 under {kaggle_root() / 'input'}: press 'Add Input' and attach '{COMPETITION}'")
+        raise UserError(f"no Food-11 under {kaggle_root() / 'input'}: press 'Add Input', attach the competition "
+                        f"'{COMPETITION}' (or a public copy of Food-11) and run again")
     return read_folder(folder) if folder else None
 
 
@@ -1001,8 +1003,10 @@ class BatchLoader:
         return torch.Generator().manual_seed(int(fingerprint(self.cfg.seed, self.epoch, stream)[:15], 16))
 
     def _draw(self):
-        """This epoch's training view of every row, on the device: matrices for `warp`, or flips (N,) bool."""
+        """This epoch's view of every row, on the device: matrices for `warp`; flips (N,) bool; None if not training."""
         generator = self._generator(1)
+        if not self.train:
+            return None
         if not self.cfg.crop_scale:
             return (torch.rand(len(self.split), generator=generator) < self.cfg.hflip).to(self.device)
         # In parts: what is drawn on the way is twenty times as large as what remains.
@@ -1268,8 +1272,10 @@ class TeacherViews:
         self.path = cache_root() / f"teacher-{key.decode()}.logits"
         size = len(key) + 4 * math.prod(shape)
         if not self.path.is_file() and rank_and_world()[0] == 0:
-            with written_whole(self.path) as temporary:
-                temporary.write_bytes(key + np.full(shape, np.nan, np.float32).tobytes())
+            with written_whole(self.path) as temporary, open(temporary, "wb") as file:
+                file.write(key)
+                for _ in range(shape[0]):
+                    file.write(np.full(shape[1:], np.nan, np.float32).tobytes())
         _collective("barrier")
         if self.path.stat().st_size != size or self.path.open("rb").read(len(key)) != key:
             raise UserError(f"{self.path} holds the teacher's logits for other pictures or settings: delete it")
@@ -1681,7 +1687,7 @@ class RunDisplay:
                                  f"best valid {max(best_so_far(self.history)[0], 0):.3f}", refresh=False)
 
     def tell_pace(self, seconds):
-        """Say once, after so many `seconds`: the pace, the end, and whether Kaggle's session is long enough for it."""
+        """Say once, after so many `seconds`: the pace, the time to go, and whether Kaggle's session is long enough."""
         rate, self.told = (self.bar.n - self.bar.initial) / seconds, True
         left = datetime.timedelta(seconds=round((self.bar.total - self.bar.n) / rate))
         rest = datetime.timedelta(hours=KAGGLE_HOURS, seconds=round(SESSION_START - time.time()))
@@ -1781,7 +1787,8 @@ def out_of_memory_named(cfg):
             raise
         traceback.clear_frames(error.__traceback__)  # a notebook would keep them, and with them the memory
         now, half = f"batch_size={cfg.batch_size}, image_size={cfg.image_size}", max(2, cfg.batch_size // 2)
-        raise UserError(f"{cfg.exp_name}: out of memory with {now}: set batch_size={half}, with --fresh") from None
+        mend = f"set batch_size={half} or a smaller image_size, with --fresh"
+        raise UserError(f"{cfg.exp_name}: out of memory with {now}: {mend}") from None
 
 
 def _copy_of(model):
@@ -1866,21 +1873,23 @@ def read_run(folder):
     "facts" are parsed. A damaged last.ckpt is put aside, so that the next save cannot keep it as its predecessor.
     Raises UserError where files are there and none is whole.
     """
-    files = list(filter(Path.is_file, (Path(folder) / name for name in RUN_FILES)))
-    for path in files:
+    wrong = {}  # {damaged file: what is wrong with it}
+    for path in filter(Path.is_file, (Path(folder) / name for name in RUN_FILES)):
         try:
             saved = load_file(path)
             saved["facts"] = json.loads(saved["facts"])
             dict(saved["facts"]["config"])
             best_so_far(saved["history"])  # reads each row, as all that follows does
-            return saved
         except (KeyError, TypeError, ValueError) as error:
-            why = str(error) if isinstance(error, UserError) else f"{path} is no run of this program"
-            if path is files[-1]:
-                raise UserError(f"{why}; --fresh starts the run again") from None
-            say(f"WARNING: {why}; going on from {files[-1].name}, the save before it")
+            wrong[path] = str(error) if isinstance(error, UserError) else f"{path} is no run of this program"
+            continue
+        for damaged, why in wrong.items():
+            say(f"WARNING: {why}; going on from {path.name}, the save before it")
             with contextlib.suppress(OSError):
-                os.replace(path, path.with_name("damaged.ckpt"))
+                os.replace(damaged, damaged.with_name("damaged.ckpt"))
+        return saved
+    if wrong:
+        raise UserError(f"{next(iter(wrong.values()))}; --fresh starts the run again")
     return None
 
 
@@ -2538,7 +2547,8 @@ def build_parser():
         parser.set_defaults(function=function)
         return parser.add_argument
 
-    keys = "\n".join(f"  {f.name:<16}{f.metadata['meaning']}" for f in dataclasses.fields(Config))
+    fields = ((f.name, f.metadata["meaning"], f.metadata["choices"] or "") for f in dataclasses.fields(Config))
+    keys = "\n".join(f"  {name:<16}{meaning} {choices}" for name, meaning, choices in fields)
     add = command("run", _run_command, "train stages and write their CSVs", epilog=f"the keys of --set:\n{keys}",
                   formatter_class=argparse.RawDescriptionHelpFormatter)
     add("--data", metavar="DIR", help="folder with training/, validation/, evaluation/")
