@@ -719,8 +719,13 @@ def load_data(data, split, view, image_size):
 
 def _is_cache(path, n, side):
     """Whether a cache file is there: of the right size, and not the zeros that a failed copy or disk leaves."""
-    right_size = path.is_file() and path.stat().st_size == n * (5 + 3 * side**2)
+    right_size = path.is_file() and path.stat().st_size == _cache_bytes(n, side)
     return right_size and bool(_map_cache(path, n, side)[0].all())
+
+
+def _cache_bytes(n, side):
+    """Size of a cache file: per image an aspect (float32), a flag (a byte) and its pixels."""
+    return n * (4 + 1 + 3 * side**2)
 
 
 def _map_cache(path, n, side, mode="r"):
@@ -730,7 +735,7 @@ def _map_cache(path, n, side, mode="r"):
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that a mapping made for reading cannot be written to
-        flat = torch.from_numpy(np.memmap(path, np.uint8, mode, shape=n * (5 + 3 * side**2)))
+        flat = torch.from_numpy(np.memmap(path, np.uint8, mode, shape=_cache_bytes(n, side)))
     aspects, good, pixels = flat.split([4 * n, n, 3 * n * side**2])
     return aspects.view(torch.float32), good, pixels.view(n, 3, side, side)
 
@@ -744,8 +749,8 @@ def _decode_all(files, split, to_view, side, path):
             with open(temporary, "rb+") as file:  # take the room now: a disk must not fill up below the mapping
                 getattr(os, "posix_fallocate", lambda *args: None)(file.fileno(), 0, temporary.stat().st_size)
         except OSError as error:
-            where = f"{path.parent} ({error.strerror}): set HW13_CACHE"
-            raise UserError(f"the cache of {3e-9 * len(files) * side**2:.1f} GB cannot be made in {where}") from None
+            size, where = _cache_bytes(len(files), side) / 1e9, f"{path.parent} ({error.strerror}): set HW13_CACHE"
+            raise UserError(f"the cache of {size:.1f} GB cannot be made in {where}") from None
         aspects.fill_(1)
         good.fill_(1)
 
@@ -1687,14 +1692,15 @@ class RunDisplay:
                                  f"best valid {max(best_so_far(self.history)[0], 0):.3f}", refresh=False)
 
     def tell_pace(self, seconds):
-        """Say once, after so many `seconds`: the pace, the time to go, and whether Kaggle's session is long enough."""
+        """Say once, after so many `seconds`: the pace, the end, and whether Kaggle's session is long enough for it."""
         rate, self.told = (self.bar.n - self.bar.initial) / seconds, True
         left = datetime.timedelta(seconds=round((self.bar.total - self.bar.n) / rate))
         rest = datetime.timedelta(hours=KAGGLE_HOURS, seconds=round(SESSION_START - time.time()))
         advice = ": choose LENGTH = 'lesson' or a smaller n_epochs, or go on in a second session" * (left > rest)
         session = f"; the Kaggle session has {rest} left{advice}" * on_kaggle()
         if left > datetime.timedelta(minutes=1):
-            say(f"{self.cfg.exp_name}: {rate:,.0f} images/s, {left} to go{session}")
+            end = f"{datetime.datetime.now() + left:%H:%M}"
+            say(f"{self.cfg.exp_name}: {rate:,.0f} images/s, {left} to go, till {end}{session}")
 
 
 def time_is_up(cfg, history, device):

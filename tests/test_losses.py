@@ -34,6 +34,8 @@ def test_loss_fn_kd_bounds():
     assert h.loss_fn_kd(student, labels, teacher, alpha=0.0) == F.cross_entropy(student, labels)
     assert h.loss_fn_kd(student, labels, teacher) == h.loss_fn_kd(student, labels, teacher, 0.5, 20.0)
     assert h.loss_fn_kd(student.half(), labels, teacher.half()).dtype == torch.float32
+    soft = F.one_hot(labels, 11).float()
+    assert torch.allclose(h.loss_fn_kd(student, soft, teacher), h.loss_fn_kd(student, labels, teacher))
 
 
 def test_t_squared_keeps_the_gradients_size():

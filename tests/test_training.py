@@ -402,5 +402,5 @@ def test_the_pace_names_the_end_and_what_to_change_where_a_kaggle_session_is_too
         display.tell_pace(100.0)
         display.bar.close()
         out = capsys.readouterr().out
-        assert "10 images/s" in out and " to go; " in out and "session has" in out
+        assert "10 images/s" in out and " to go, till " in out and "session has" in out
         assert ("choose LENGTH = 'lesson'" in out) == short
