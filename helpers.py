@@ -1310,7 +1310,7 @@ def loss_fn_kd(student_logits, labels, teacher_logits, alpha=0.5, temperature=20
 
         alpha * T^2 * KL(teacher || student) + (1 - alpha) * CE(student, labels)
 
-    student_logits, teacher_logits: (B, 11); labels: (B,) int64. KL is the mean over the
+    student_logits, teacher_logits: (B, 11); labels: (B,) int64, or (B, 11) probabilities. KL is the mean over the
     batch of distributions softened by T; T^2 keeps its gradient at the size of the other term's. Returns a scalar.
     """
     student_logits, teacher_logits = student_logits.float(), teacher_logits.float()

@@ -2,6 +2,7 @@
 
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -70,6 +71,41 @@ def test_candidate_losses_vanish_where_the_answers_agree_in_their_sense():
     assert r.dist_kd(teacher + 5, labels, teacher, 1.0, 2.0).abs() < 1e-4
     for student, temperature in ((other, 2.0), (3 * teacher, 1.0)):
         assert r.dist_kd(student, labels, teacher, 1.0, temperature) > 0.01
+
+
+def test_a_projector_into_the_teachers_classifier_folds_into_one_layer_and_leaves_the_teachers_own_alone(teacher):
+    cfg = h.STAGES["beyond"]
+    net, images = r.projected_net(cfg, teacher), torch.randn(3, 3, 64, 64)
+    loss_fn = r.ProjectorLoss(cfg, net, teacher)
+    plain = h.DistillLoss(cfg, net, teacher)
+    loss, *_ = loss_fn(images, torch.arange(3))
+    assert loss > plain(images, torch.arange(3))[0] + 0.01  # the distance of the features
+    loss.backward()
+    assert net.fc[0].weight.grad is not None and net.fc[1].weight.grad is None
+    assert torch.equal(net.fc[1].weight, teacher.fc.weight)
+    folded = r.deployed(net.eval())
+    assert torch.allclose(folded(images), net(images), atol=1e-5) and isinstance(folded.fc, torch.nn.Linear)
+
+
+def test_changed_views_are_each_pictures_own_and_the_same_again_in_the_same_epoch(teacher):
+    images, labels = torch.ones(16, 3, 64, 64) * torch.arange(1.0, 17)[:, None, None, None], torch.arange(16) % 11
+    one_hot = torch.nn.functional.one_hot(labels, 11).float()
+    rngs = [np.random.default_rng(1) for _ in range(3)]
+    blended, shares = r.mixed(images, one_hot, rngs[0])
+    assert torch.allclose(shares.sum(1), torch.ones(16)) and (shares.max(1).values < 0.999).any()
+    assert torch.allclose(blended.mean((1, 2, 3)), blended[:, 0, 0, 0]) and 1 <= blended.min() <= blended.max() <= 16
+    shifted, same = r.coloured(images, one_hot, rngs[1])
+    assert len((shifted / images)[:, 0, 0, 0].unique()) == 16 and same is one_hot
+    holes, same = r.erased(images, one_hot, rngs[2])
+    area = (holes == 0).float().mean((1, 2, 3))
+    assert 0 < (area > 0).sum() < 16 and area.max() <= 0.26 and same is one_hot
+    assert torch.equal(holes[holes != 0], images[holes != 0])
+    loss_fn = r.changed(r.coloured, r.mixed)(h.STAGES["beyond"], h.build_student(h.STAGES["beyond"]), teacher)
+    answers = []
+    for progress in (0.5, 0.5, 0.6):
+        loss_fn.set_progress(progress)
+        answers.append(loss_fn(images, labels)[2])
+    assert torch.equal(answers[0], answers[1]) and not torch.allclose(answers[0], answers[2])
 
 
 def test_the_teacher_that_looks_at_enlarged_views_has_its_own_checksum(teacher):

@@ -20,11 +20,11 @@ import re
 import sys
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,7 @@ from shared import DWPW  # noqa: E402
 import helpers as h  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
-ACTIVATIONS = {"relu": nn.ReLU, "hswish": nn.Hardswish, "leaky": partial(nn.LeakyReLU, 0.01), "silu": nn.SiLU}
+ACTIVATIONS = {"relu": nn.ReLU, "hswish": nn.Hardswish}
 
 # --- candidate nets --------------------------------------------------------------------------------------------------
 
@@ -105,14 +105,31 @@ class RepDepthwise(nn.Module):
         return conv
 
 
+class TeachersClassifier(nn.Sequential):
+    """A linear projector to the teacher's 512 features, then the teacher's own classifier, copied and frozen (Chen et
+    al. 2022, SimKD). `folded` gives the one linear layer that does the same: that is what is deployed and counted.
+    """
+
+    def __init__(self, width, teacher):
+        super().__init__(nn.Linear(width, teacher.fc.in_features), copy.deepcopy(teacher.fc).requires_grad_(False))
+
+    def folded(self):
+        """A Linear equal to this module."""
+        projector, classifier = self
+        layer = nn.Linear(projector.in_features, classifier.out_features)
+        layer.load_state_dict({"weight": (classifier.weight @ projector.weight).detach(),
+                               "bias": classifier(projector.bias).detach()})
+        return layer
+
+
 def deployed(net):
-    """A copy of a net in eval mode with every RepDepthwise folded; the net itself where there is none."""
-    if not any(isinstance(m, RepDepthwise) for m in net.modules()):
+    """A copy of a net in eval mode with everything folded that can be; the net itself where nothing can."""
+    if not any(hasattr(m, "folded") for m in net.modules()):
         return net
     net = h.freeze(copy.deepcopy(net))
     for module in list(net.modules()):
         for name, child in module.named_children():
-            if isinstance(child, RepDepthwise):
+            if hasattr(child, "folded"):
                 setattr(module, name, child.folded())
     return net
 
@@ -168,11 +185,9 @@ class Spec:
 
     layers: tuple
     stem: int = 16
-    stem_stride: int = 2
-    stem_kernel: int = 3
     block: str = "ir"
     expansion: int = 3
-    kernel: int | tuple = 3  # depthwise kernel, or one a layer
+    kernel: int = 3
     act: str = "relu"
     se: bool = False
     blur: bool = False
@@ -183,12 +198,11 @@ class Spec:
         """The net: (B, 3, H, W) -> logits (B, 11), its layers named layer1, layer2, ..."""
         width = self.stem
         net = nn.Sequential()
-        net.add_module("stem", conv_bn(3, width, self.stem_kernel, self.stem_stride, act=self.act))
+        net.add_module("stem", conv_bn(3, width, 3, 2, act=self.act))
         for number, (out, depth, stride) in enumerate(self.layers, 1):
-            kernel = self.kernel[number - 1] if isinstance(self.kernel, tuple) else self.kernel
-            own, blocks = dataclasses.replace(self, kernel=kernel), []
+            blocks = []
             for first in [True] + [False] * (depth - 1):
-                blocks.append(BLOCKS[self.block](width, out, stride if first else 1, own))
+                blocks.append(BLOCKS[self.block](width, out, stride if first else 1, self))
                 width = out
             net.add_module(f"layer{number}", nn.Sequential(*blocks))
         if self.head:
@@ -233,6 +247,13 @@ class FrozenStem(nn.Sequential):
 
     def train(self, mode=True):
         return super().train(False)
+
+
+def projected_net(cfg, teacher):
+    """The config's student with the teacher's classifier behind a projector."""
+    net = h.build_student(cfg)
+    net.fc = TeachersClassifier(net.fc.in_features, teacher)
+    return net
 
 
 def published_boss_net(cfg, teacher):
@@ -283,24 +304,88 @@ def dist_kd(student_logits, labels, teacher_logits, alpha, temperature):
 
 PLAIN_KD = h.loss_fn_kd
 
+
+class ProjectorLoss(h.DistillLoss):
+    """DistillLoss plus the mean squared distance between the projected features and the teacher's (SimKD)."""
+
+    def forward(self, images, labels, teacher_logits=None):
+        with h.feature_hooks(self.student, ["fc.0"]) as ours, h.feature_hooks(self.teacher, ["avgpool"]) as theirs:
+            loss, *answers = super().forward(images, labels, teacher_logits)
+        return loss + F.mse_loss(ours["fc.0"].float(), theirs["avgpool"].flatten(1).float()), *answers
+
+
+class ChangedViews(h.DistillLoss):
+    """DistillLoss on batches that `change` alters before teacher and student see them.
+
+    change(images, one-hot labels (B, 11), rng) -> the same two, with new values. The draws start from the seed and the
+    epoch, so that a resumed run sees what an uninterrupted one would.
+    """
+
+    change = None
+
+    def set_progress(self, progress):
+        super().set_progress(progress)
+        self.rng = np.random.default_rng(int(h.fingerprint(self.cfg.seed, progress), 16))
+
+    def forward(self, images, labels, teacher_logits=None):
+        changed, soft = type(self).change(images, F.one_hot(labels, h.NUM_CLASSES).float(), self.rng)
+        return super().forward(changed, soft, teacher_logits)
+
+
+def mixed(images, labels, rng):
+    """Mixup (Zhang et al. 2018): every picture laid over another one of the batch, its share from Beta(0.8, 0.8)."""
+    share = torch.from_numpy(rng.beta(0.8, 0.8, (len(images), 1))).to(labels)
+    other = torch.from_numpy(rng.permutation(len(images))).to(labels.device)
+    wide = share[..., None, None].to(images)
+    return wide * images + (1 - wide) * images[other], share * labels + (1 - share) * labels[other]
+
+
+def coloured(images, labels, rng):
+    """Contrast and saturation times 0.6 to 1.4, brightness +- 0.4 deviations, each drawn for each picture."""
+    contrast, saturation, shift = torch.from_numpy(rng.uniform(-0.4, 0.4, (3, len(images), 1, 1, 1))).to(images)
+    grey = images.mean(1, keepdim=True)
+    return (grey + (1 + saturation) * (images - grey)) * (1 + contrast) + shift, labels
+
+
+def erased(images, labels, rng):
+    """Random erasing (Zhong et al. 2017): half of the pictures lose a square of a fifth to a half of their side."""
+    n, side = len(images), images.shape[-1]
+    x, y = torch.from_numpy(rng.uniform(0, side, (2, n, 1)))
+    half = torch.from_numpy(side * rng.uniform(0.1, 0.25, (n, 1)) * (rng.random((n, 1)) < 0.5))
+    pixels = torch.arange(side) + 0.5
+    inside = ((pixels - y).abs() < half)[:, None, :, None] & ((pixels - x).abs() < half)[:, None, None, :]
+    return images.masked_fill(inside.to(images.device), 0.0), labels
+
+
+def changed(*changes):
+    """The ChangedViews that makes these changes in turn."""
+    def change(images, labels, rng):
+        for one in changes:
+            images, labels = one(images, labels, rng)
+        return images, labels
+
+    return type("ChangedViews", (ChangedViews,), {"change": staticmethod(change)})
+
+
 # --- recipes ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A Config, the net where it is not the config's own, and a replacement of loss_fn_kd where there is one."""
+    """A Config, the net where it is not the config's own, and replacements of loss_fn_kd and of the whole loss."""
 
     cfg: h.Config
-    build: object = None  # () -> net
+    build: object = None  # () -> net, or (cfg, teacher) -> net where it takes something of the teacher's
     kd: object = PLAIN_KD
+    loss: type = h.DistillLoss
     replay: bool = True  # the teacher's logits of every epoch may be stored and shared by the recipes of a call
 
     def net(self, cfg, teacher):
         """The student with weights drawn from the seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)
-            if self.build is published_boss_net:
-                return published_boss_net(cfg, teacher)
+            if self.build in (published_boss_net, projected_net):
+                return self.build(cfg, teacher)
             return self.build() if self.build else h.build_student(cfg)
 
 
@@ -313,6 +398,7 @@ DWPW_BOSS = dataclasses.replace(
     h.STAGES["boss"], **DWPW, temperature=20.0, optimizer="adam", lr=1e-3, lr_schedule="constant", warmup_epochs=0.0,
     weight_decay=1e-5, batch_size=128, patience=60)
 LAYERS = ((24, 2, 2), (32, 3, 2), (48, 2, 2))
+LAYERS_AT_14 = ((24, 2, 2), (32, 3, 2), (48, 2, 1))  # the last layer without a stride: the stages' own
 
 
 def arch(layers=LAYERS, **settings):
@@ -320,9 +406,9 @@ def arch(layers=LAYERS, **settings):
     return Recipe(TEACH, Spec(layers, **settings).build)
 
 
-def taught(spec=None, kd=PLAIN_KD, **settings):
+def taught(**settings):
     """A recipe of TEACH with other settings on one net."""
-    return Recipe(dataclasses.replace(TEACH, **settings), (spec or BASE).build, kd)
+    return Recipe(dataclasses.replace(TEACH, **settings), BASE.build)
 
 
 BASE = Spec(((24, 2, 2), (32, 3, 2), (40, 2, 1)), kernel=5, act="hswish")
@@ -343,49 +429,40 @@ RECIPES = {
     # nets under one recipe
     "a_dwpw": Recipe(dataclasses.replace(TEACH, student="dwpw")),
     "a_ir_strided": arch(),
-    "a_ir_late1": arch(((24, 2, 2), (32, 3, 2), (48, 2, 1))),
-    "a_ir_late2": arch(((24, 2, 2), (32, 3, 1), (48, 2, 1))),
+    "a_ir_late1": arch(LAYERS_AT_14),
     "a_resdw": arch(((32, 2, 2), (64, 4, 2), (96, 3, 1)), block="resdw", stem=24),
-    "a_plain_deep": arch(((32, 2, 2), (64, 4, 2), (96, 3, 1)), block="dwpw", stem=24),
     "a_ir_e2": arch(((24, 3, 2), (40, 4, 2), (56, 2, 1)), expansion=2),
     "a_ir_e4": arch(((16, 2, 2), (32, 3, 2), (40, 2, 1)), expansion=4),
     "a_ir_k5": arch(((24, 2, 2), (32, 3, 2), (40, 2, 1)), kernel=5),
-    "a_ir_k7": arch(((16, 2, 2), (32, 2, 2), (40, 2, 1)), kernel=7),
     "a_ir_se": arch(((24, 2, 2), (32, 2, 2), (40, 2, 1)), se=True),
-    "a_ir_hswish": arch(((24, 2, 2), (32, 3, 2), (48, 2, 1)), act="hswish"),
-    "a_ir_silu": arch(((24, 2, 2), (32, 3, 2), (48, 2, 1)), act="silu"),
-    "a_ir_blur": arch(((24, 2, 2), (32, 3, 2), (48, 2, 1)), blur=True),
+    "a_ir_hswish": arch(LAYERS_AT_14, act="hswish"),
+    "a_ir_blur": arch(LAYERS_AT_14, blur=True),
     "a_ir_head": arch(((24, 2, 2), (32, 2, 2), (48, 2, 1)), head=192),
-    "a_next_k7": arch(((16, 2, 2), (32, 3, 2), (48, 3, 1)), block="next", kernel=7, expansion=2),
     "a_next_k5": arch(((24, 2, 2), (40, 3, 2), (48, 3, 1)), block="next", kernel=5, expansion=2),
-    "b_k5_e4": arch(((16, 2, 2), (28, 3, 2), (36, 2, 1)), kernel=5, expansion=4),
     "b_k7": arch(((20, 2, 2), (28, 3, 2), (36, 2, 1)), kernel=7),
     "b_k5_deep": arch(((16, 2, 2), (24, 4, 2), (32, 4, 1)), kernel=5, stem=12),
-    "b_k355": arch(((24, 2, 2), (32, 3, 2), (44, 2, 1)), kernel=(3, 5, 5)),
     "b_k5_hswish": taught(),
     "b_late2": arch(((24, 2, 2), (32, 3, 1), (40, 2, 1)), kernel=5, act="hswish"),
-    "b_strided": arch(((24, 2, 2), (32, 3, 2), (40, 2, 2)), kernel=5, act="hswish"),
     "b_se": arch(((24, 2, 2), (32, 2, 2), (40, 2, 1)), kernel=5, act="hswish", se=True),
-    "b_rep": arch(((24, 2, 2), (32, 3, 2), (40, 2, 1)), kernel=5, act="hswish", rep=True),
-    "b_dwpw_hswish": arch(((64, 1, 2), (128, 1, 2), (256, 1, 2)), stem=48, block="dwpw", act="hswish"),
     # recipes on one net
-    "r_t1": taught(temperature=1.0),
     "r_t2": taught(temperature=2.0),
-    "r_t8": taught(temperature=8.0),
-    "r_lr2": taught(lr=2e-3),
     "r_lr8": taught(lr=8e-3),
-    "r_sgd": taught(optimizer="sgd", lr=0.2, weight_decay=1e-4),
-    "r_ce": taught(alpha=0.9),
-    "r_std": taught(kd=standardised_kd, temperature=2.0),
-    "r_dist": taught(kd=dist_kd, temperature=1.0),
     # the last stage with one thing changed
     "beyond_pure": Recipe(dataclasses.replace(h.STAGES["beyond"], alpha=1.0)),
     "beyond_labels": Recipe(dataclasses.replace(h.STAGES["beyond"], alpha=0.1)),
     "beyond_t2": Recipe(dataclasses.replace(h.STAGES["beyond"], temperature=2.0)),
     "beyond_t8": Recipe(dataclasses.replace(h.STAGES["beyond"], temperature=8.0)),
-    "beyond_align": Recipe(dataclasses.replace(h.STAGES["beyond"], align_weights=(3.0, 2.0, 1.0)), replay=False),
     "beyond_handover": Recipe(dataclasses.replace(
         h.STAGES["beyond"], align_weights=(3.0, 2.0, 1.0), loss_schedule="handover"), replay=False),
+    "beyond_blur": Recipe(h.STAGES["beyond"], Spec(LAYERS_AT_14, act="hswish", blur=True).build),
+    "beyond_rep": Recipe(h.STAGES["beyond"], dataclasses.replace(BASE, rep=True).build),
+    "beyond_sgd": Recipe(dataclasses.replace(h.STAGES["beyond"], optimizer="sgd", lr=0.2, weight_decay=1e-4)),
+    "beyond_std": Recipe(dataclasses.replace(h.STAGES["beyond"], temperature=2.0), kd=standardised_kd),
+    "beyond_dist": Recipe(dataclasses.replace(h.STAGES["beyond"], temperature=1.0), kd=dist_kd),
+    "beyond_projector": Recipe(h.STAGES["beyond"], projected_net, loss=ProjectorLoss, replay=False),
+    "beyond_colour": Recipe(h.STAGES["beyond"], loss=changed(coloured), replay=False),
+    "beyond_erase": Recipe(h.STAGES["beyond"], loss=changed(erased), replay=False),
+    "beyond_mix": Recipe(h.STAGES["beyond"], loss=changed(mixed), replay=False),
 }
 
 
@@ -402,7 +479,7 @@ def train(name, args, seed, data, teacher, device):
     teacher, start = teacher if cfg.needs_teacher else None, time.process_time()
     folder = work_folder(name, args, seed)
     train_loader, valid_loader = h.build_loaders(cfg, data, device)
-    with mock.patch.object(h, "loss_fn_kd", recipe.kd):
+    with mock.patch.multiple(h, loss_fn_kd=recipe.kd, DistillLoss=recipe.loss):
         history = h.fit(net, train_loader, valid_loader, cfg, teacher, folder, h.data_facts(data, teacher))
     logits, labels = h.predict_logits(net, valid_loader)
     small = deployed(net)
