@@ -193,7 +193,7 @@ def parse_setting(text):
 
 
 # Simple and Medium keep their published values, poor or not, because each one teaches a step. Strong, Boss and Beyond
-# share the best legal student and the best recipe that were found (tests/bench/RESULTS.md); each changes one thing.
+# share the best legal student and optimiser that were found (tests/bench/RESULTS.md); each brings one step.
 _SIMPLE = Config()
 _MEDIUM = replace(_SIMPLE, exp_name="medium", loss_fn_type="KD", n_epochs=700)
 _STRONG = replace(_MEDIUM, exp_name="strong", student="ir", stem_width=16, widths=(24, 32, 48), depths=(2, 3, 2),

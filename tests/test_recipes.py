@@ -3,6 +3,7 @@
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import ROOT
@@ -68,7 +69,8 @@ def test_candidate_losses_vanish_where_the_answers_agree_in_their_sense():
     other = torch.randn(8, 11)
     assert r.standardised_kd(3 * teacher + 2, labels, teacher, 1.0, 2.0).abs() < 1e-4
     assert r.standardised_kd(other, labels, teacher, 1.0, 2.0) > 0.1
-    assert r.dist_kd(teacher + 5, labels, teacher, 1.0, 2.0).abs() < 1e-4
+    paler = (0.5 * teacher.softmax(1) + 0.5 / 11).log()  # every correlation is one, and the KL divergence is not zero
+    assert r.dist_kd(paler, labels, teacher, 1.0, 1.0).abs() < 1e-4 < h.loss_fn_kd(paler, labels, teacher, 1.0, 1.0)
     for student, temperature in ((other, 2.0), (3 * teacher, 1.0)):
         assert r.dist_kd(student, labels, teacher, 1.0, temperature) > 0.01
 
@@ -88,17 +90,19 @@ def test_a_projector_into_the_teachers_classifier_folds_into_one_layer_and_leave
 
 
 def test_changed_views_are_each_pictures_own_and_the_same_again_in_the_same_epoch(teacher):
-    images, labels = torch.ones(16, 3, 64, 64) * torch.arange(1.0, 17)[:, None, None, None], torch.arange(16) % 11
-    one_hot = torch.nn.functional.one_hot(labels, 11).float()
+    number = torch.arange(1.0, 17)  # a picture's own grey, which its own label stands for
+    images, labels, own = torch.ones(16, 3, 64, 64) * number[:, None, None, None], torch.arange(16) % 11, torch.eye(16)
     rngs = [np.random.default_rng(1) for _ in range(3)]
-    blended, shares = r.mixed(images, one_hot, rngs[0])
-    assert torch.allclose(shares.sum(1), torch.ones(16)) and (shares.max(1).values < 0.999).any()
-    assert torch.allclose(blended.mean((1, 2, 3)), blended[:, 0, 0, 0]) and 1 <= blended.min() <= blended.max() <= 16
-    shifted, same = r.coloured(images, one_hot, rngs[1])
-    assert len((shifted / images)[:, 0, 0, 0].unique()) == 16 and same is one_hot
-    holes, same = r.erased(images, one_hot, rngs[2])
+    blended, shares = r.mixed(images, own, rngs[0])
+    assert (shares.max(1).values < 0.9).any() and torch.allclose(shares.sum(1), torch.ones(16))
+    assert torch.allclose(blended, (shares @ number)[:, None, None, None].expand_as(blended))
+    colours = images + torch.tensor([-1.0, 0.0, 1.0])[:, None, None]
+    shifted, same = r.coloured(colours, own, rngs[1])
+    apart, grey = (shifted[:, 2] - shifted[:, 0])[:, 0, 0] / 2, shifted.mean((1, 2, 3))
+    assert same is own and 0.3 < apart.min() < apart.max() < 2 and len(apart.unique()) == len(grey.unique()) == 16
+    holes, same = r.erased(images, own, rngs[2])
     area = (holes == 0).float().mean((1, 2, 3))
-    assert 0 < (area > 0).sum() < 16 and area.max() <= 0.26 and same is one_hot
+    assert 0 < (area > 0).sum() < 16 and area.max() <= 0.26 and same is own
     assert torch.equal(holes[holes != 0], images[holes != 0])
     loss_fn = r.changed(r.coloured, r.mixed)(h.STAGES["beyond"], h.build_student(h.STAGES["beyond"]), teacher)
     answers = []
@@ -106,6 +110,27 @@ def test_changed_views_are_each_pictures_own_and_the_same_again_in_the_same_epoc
         loss_fn.set_progress(progress)
         answers.append(loss_fn(images, labels)[2])
     assert torch.equal(answers[0], answers[1]) and not torch.allclose(answers[0], answers[2])
+
+
+def test_the_ring_trains_stores_tabulates_and_predicts(food, teacher_file, tmp_path, capsys):
+    """Two recipes with other losses and a folded net, end to end: one row each, trained once."""
+    names, results = ["beyond_projector", "beyond_erase"], tmp_path / "results"
+    budget = ["--epochs", "1", "--size", "64", "--teacher-size", "80", "--data", str(food), "--results", str(results),
+              "--work", str(tmp_path / "work"), "--against", names[0]]
+    r.main(names + budget)
+    r.main(names + budget)
+    assert capsys.readouterr().out.count("is stored already") == 2
+    rows = pd.read_csv(results / "recipes.csv")
+    assert list(rows.recipe) == names and (rows.parameters == 52_795).all()
+    assert rows[["accuracy", "last_accuracy", "six_views", "agreement"]].stack().between(0, 1).all()
+    r.main(["--table", *budget])
+    assert "difference" in capsys.readouterr().out and (results / "recipes-1-64-80-0.png").is_file()
+    r.main(names + budget + ["--predict", str(tmp_path / "csv")])
+    for name in ("teacher", *names):
+        h.validate_submission(tmp_path / f"csv/{name}.csv", h.read_folder(food).ids["evaluation"])
+    with pytest.raises(SystemExit):
+        r.main(["no_such_recipe"])
+    assert "no recipe is called no_such_recipe" in capsys.readouterr().err
 
 
 def test_the_teacher_that_looks_at_enlarged_views_has_its_own_checksum(teacher):

@@ -1,15 +1,20 @@
 """A fair ring: named recipes trained on one data folder under one budget.
 
     HW13_PHOTOS=DIR python tests/bench/recipes.py NAME ... [--epochs 30] [--size 112] [--seeds 1 2]
-    python tests/bench/recipes.py --list          what each name is
+    python tests/bench/recipes.py --list          the names, and the size of each net
     python tests/bench/recipes.py --table [--against NAME]   stored rows, paired differences, the pictures
     python tests/bench/recipes.py NAME ... --predict DIR     evaluation CSVs of trained recipes
 
-Every recipe of a call sees the same images, teacher, sizes and number of epochs; `fit` trains it. A row is appended to
-results/recipes.csv when its training ends, and one that is there already is not trained again. Checkpoints and the
-validation logits of each student lie in the work folder, so a killed call goes on where it stopped. The accuracy is
-that of the epoch with the best validation accuracy, as `fit` keeps it; cpu_seconds are processor time of all threads,
-which a pause does not lengthen. Candidates live here; what wins moves to helpers.py.
+A NAME may be a regular expression. Every recipe of a call has the same images, teacher, sizes and number of epochs;
+`fit` trains it. With --views K, recipes that need no feature maps of the teacher replay its answers to K epochs of
+views; the others see new views in every epoch. A row is appended to recipes.csv in --results when its training ends,
+and one that is there already is not trained again: name another folder to repeat the stored ones. Checkpoints and the
+validation logits of each student lie in the work folder, so a killed call goes on where it stopped.
+
+The accuracy is that of the epoch with the best validation accuracy, as `fit` keeps it; last_accuracy is the last
+epoch's, six_views that of the kept student with test-time views. cpu_seconds are processor time of all threads, which a
+pause does not lengthen; it is empty for a training that was killed on the way. Candidates live here; what wins moves to
+helpers.py.
 """
 
 import argparse
@@ -63,7 +68,10 @@ class SqueezeExcite(nn.Module):
 
 
 class BlurPool(nn.Module):
-    """Anti-aliased stride (Zhang 2019): a fixed 3x3 binomial filter before every second pixel is taken."""
+    """Anti-aliased stride (Zhang 2019): a fixed 3x3 binomial filter before every second pixel is taken.
+
+    The filter's own multiply-adds are not in h.count_macs, which counts layers.
+    """
 
     def __init__(self, width):
         super().__init__()
@@ -106,8 +114,10 @@ class RepDepthwise(nn.Module):
 
 
 class TeachersClassifier(nn.Sequential):
-    """A linear projector to the teacher's 512 features, then the teacher's own classifier, copied and frozen (Chen et
-    al. 2022, SimKD). `folded` gives the one linear layer that does the same: that is what is deployed and counted.
+    """A linear projector to the teacher's 512 features, then the teacher's own classifier, copied and frozen.
+
+    After Chen et al. 2022 (SimKD), whose projector is convolutional and stands before the pooling; this one folds into
+    a single linear layer, which is what is deployed and counted.
     """
 
     def __init__(self, width, teacher):
@@ -126,12 +136,13 @@ def deployed(net):
     """A copy of a net in eval mode with everything folded that can be; the net itself where nothing can."""
     if not any(hasattr(m, "folded") for m in net.modules()):
         return net
-    net = h.freeze(copy.deepcopy(net))
+    device = next(net.parameters()).device
+    net = h.freeze(copy.deepcopy(net)).cpu()
     for module in list(net.modules()):
         for name, child in module.named_children():
             if hasattr(child, "folded"):
                 setattr(module, name, child.folded())
-    return net
+    return net.to(device)
 
 
 class Residual(nn.Module):
@@ -293,7 +304,10 @@ def standardised_kd(student_logits, labels, teacher_logits, alpha, temperature):
 
 
 def dist_kd(student_logits, labels, teacher_logits, alpha, temperature):
-    """DIST (Huang et al. 2022): 1 - correlation between rows and between columns of the softened probabilities."""
+    """DIST (Huang et al. 2022): 1 - correlation between rows and between columns of the softened probabilities.
+
+    A replacement of the soft loss alone: labels and alpha are not used.
+    """
     student, teacher = (h.soft_labels(x, temperature) for x in (student_logits, teacher_logits))
 
     def apart(a, b):
@@ -306,7 +320,7 @@ PLAIN_KD = h.loss_fn_kd
 
 
 class ProjectorLoss(h.DistillLoss):
-    """DistillLoss plus the mean squared distance between the projected features and the teacher's (SimKD)."""
+    """DistillLoss plus the mean squared distance between the projected features and the teacher's."""
 
     def forward(self, images, labels, teacher_logits=None):
         with h.feature_hooks(self.student, ["fc.0"]) as ours, h.feature_hooks(self.teacher, ["avgpool"]) as theirs:
@@ -328,8 +342,8 @@ class ChangedViews(h.DistillLoss):
         self.rng = np.random.default_rng(int(h.fingerprint(self.cfg.seed, progress), 16))
 
     def forward(self, images, labels, teacher_logits=None):
-        changed, soft = type(self).change(images, F.one_hot(labels, h.NUM_CLASSES).float(), self.rng)
-        return super().forward(changed, soft, teacher_logits)
+        images, labels = type(self).change(images, F.one_hot(labels, h.NUM_CLASSES).float(), self.rng)
+        return super().forward(images, labels, teacher_logits)
 
 
 def mixed(images, labels, rng):
@@ -396,7 +410,7 @@ TEACH = dataclasses.replace(
 # Boss as it was published, and its legal plain form.
 DWPW_BOSS = dataclasses.replace(
     h.STAGES["boss"], **DWPW, temperature=20.0, optimizer="adam", lr=1e-3, lr_schedule="constant", warmup_epochs=0.0,
-    weight_decay=1e-5, batch_size=128, patience=60)
+    weight_decay=1e-5, batch_size=128)
 LAYERS = ((24, 2, 2), (32, 3, 2), (48, 2, 2))
 LAYERS_AT_14 = ((24, 2, 2), (32, 3, 2), (48, 2, 1))  # the last layer without a stride: the stages' own
 
@@ -447,7 +461,7 @@ RECIPES = {
     # recipes on one net
     "r_t2": taught(temperature=2.0),
     "r_lr8": taught(lr=8e-3),
-    # the last stage with one thing changed
+    # the last stage with one thing changed (for another loss also its temperature; the branches belong to beyond_k5)
     "beyond_pure": Recipe(dataclasses.replace(h.STAGES["beyond"], alpha=1.0)),
     "beyond_labels": Recipe(dataclasses.replace(h.STAGES["beyond"], alpha=0.1)),
     "beyond_t2": Recipe(dataclasses.replace(h.STAGES["beyond"], temperature=2.0)),
@@ -455,6 +469,7 @@ RECIPES = {
     "beyond_handover": Recipe(dataclasses.replace(
         h.STAGES["beyond"], align_weights=(3.0, 2.0, 1.0), loss_schedule="handover"), replay=False),
     "beyond_blur": Recipe(h.STAGES["beyond"], Spec(LAYERS_AT_14, act="hswish", blur=True).build),
+    "beyond_k5": Recipe(h.STAGES["beyond"], BASE.build),
     "beyond_rep": Recipe(h.STAGES["beyond"], dataclasses.replace(BASE, rep=True).build),
     "beyond_sgd": Recipe(dataclasses.replace(h.STAGES["beyond"], optimizer="sgd", lr=0.2, weight_decay=1e-4)),
     "beyond_std": Recipe(dataclasses.replace(h.STAGES["beyond"], temperature=2.0), kd=standardised_kd),
@@ -478,6 +493,7 @@ def train(name, args, seed, data, teacher, device):
     net = recipe.net(cfg, teacher).to(device)
     teacher, start = teacher if cfg.needs_teacher else None, time.process_time()
     folder = work_folder(name, args, seed)
+    whole_run = not folder.exists()
     train_loader, valid_loader = h.build_loaders(cfg, data, device)
     with mock.patch.multiple(h, loss_fn_kd=recipe.kd, DistillLoss=recipe.loss):
         history = h.fit(net, train_loader, valid_loader, cfg, teacher, folder, h.data_facts(data, teacher))
@@ -485,13 +501,16 @@ def train(name, args, seed, data, teacher, device):
     small = deployed(net)
     if small is not net and not torch.allclose(h.predict_logits(small, valid_loader)[0], logits, atol=1e-3, rtol=1e-3):
         sys.exit(f"{name}: the folded net answers differently")
-    torch.save({"logits": logits, "labels": labels}, folder / "valid.pt")
-    accuracy = (logits.argmax(1) == labels).double().mean().item()
+    cpu_seconds = time.process_time() - start if whole_run else None
+    six = h.tta_probabilities(net, valid_loader, h.BatchLoader(
+        h.load_data(data, "validation", "whole", args.size), cfg, device, batch_size=valid_loader.batch_size))
+    torch.save({"logits": logits, "labels": labels, "six_views": six}, folder / "valid.pt")
+    accuracy, six_views = ((answer.argmax(1) == labels).double().mean().item() for answer in (logits, six))
     return {"recipe": name, **budget(args), "seed": seed,
             "accuracy": accuracy, "s.e.": h.standard_error(accuracy, len(labels)),
+            "last_accuracy": history[-1]["valid_acc"], "six_views": six_views,
             "parameters": sum(p.numel() for p in small.parameters()), "macs_224": h.count_macs(small, 224),
-            "seconds": sum(row["seconds"] for row in history), "cpu_seconds": time.process_time() - start,
-            "logits": logits}
+            "seconds": sum(row["seconds"] for row in history), "cpu_seconds": cpu_seconds, "logits": logits}
 
 
 def budget(args):
@@ -514,17 +533,18 @@ def work_folder(name, args, seed):
     return args.work / f"{name}-{budget_name(args)}-{seed}"
 
 
-def stored_rows():
-    """The rows of results/recipes.csv so far, or an empty frame."""
-    path = RESULTS / "recipes.csv"
+def stored_rows(args):
+    """The rows of recipes.csv so far, or an empty frame."""
+    path = args.results / "recipes.csv"
     columns = ["recipe", "epochs", "size", "teacher_size", "views", "seed"]
     return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=columns)
 
 
-def store(row):
-    """Append a row to results/recipes.csv."""
-    with h.written_whole(RESULTS / "recipes.csv") as temporary:
-        pd.concat([stored_rows(), pd.DataFrame([row])]).to_csv(temporary, index=False, float_format="%.5g")
+def store(row, args):
+    """Append a row to recipes.csv."""
+    args.results.mkdir(parents=True, exist_ok=True)
+    with h.written_whole(args.results / "recipes.csv") as temporary:
+        pd.concat([stored_rows(args), pd.DataFrame([row])]).to_csv(temporary, index=False, float_format="%.5g")
 
 
 def correct(name, args, seed):
@@ -538,7 +558,7 @@ def correct(name, args, seed):
 
 def table(args):
     """The stored rows of one budget, the mean over seeds, and the paired difference to --against."""
-    rows = of_budget(stored_rows(), args)
+    rows = of_budget(stored_rows(args), args)
     frame = rows.groupby("recipe").agg(
         seeds=("seed", "count"), accuracy=("accuracy", "mean"), agreement=("agreement", "mean"), se=("s.e.", "mean"),
         parameters=("parameters", "first"), macs_224=("macs_224", "first"), cpu_seconds=("cpu_seconds", "mean"))
@@ -563,7 +583,7 @@ def table(args):
     for ax, label in zip(axes, labels, strict=True):
         ax.set(xlabel=label)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    figure.savefig(RESULTS / f"recipes-{budget_name(args)}.png")
+    figure.savefig(args.results / f"recipes-{budget_name(args)}.png")
 
 
 def write_predictions(names, args, data, teacher, device):
@@ -580,23 +600,27 @@ def write_predictions(names, args, data, teacher, device):
         h.write_submission(args.predict / f"{name}.csv", split.ids, h.predict(net, split, cfg, device))
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--data", default=os.environ.get("HW13_PHOTOS"))
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--size", type=int, default=112)
     parser.add_argument("--teacher-size", type=int, default=176, help="what the teacher sees the views enlarged to")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--views", type=int, default=0, help="replay so many teacher views (0: one for each epoch)")
-    parser.add_argument("--amp", default="auto")
+    parser.add_argument("--amp", default="off", help="off: float32, the stored rows' own; auto: mixed precision")
     parser.add_argument("--work", type=Path, default=h.cache_root() / "recipes")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--against", default="published_boss")
     parser.add_argument("--predict", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     names = [name for pattern in args.names for name in RECIPES if re.fullmatch(pattern, name)]
+    unknown = [pattern for pattern in args.names if not any(re.fullmatch(pattern, name) for name in RECIPES)]
+    if unknown:
+        parser.error(f"no recipe is called {unknown[0]}; --list shows the names")
     if args.table:
         return table(args)
     if args.list or not names:
@@ -606,6 +630,8 @@ def main():
             print(f"{name:<16} {sum(p.numel() for p in net.parameters()):>7,} parameters, "
                   f"{h.count_macs(net, 224) / 1e6:>6.1f} M multiply-adds at 224 px")
         return None
+    if not args.data:
+        parser.error("name a data folder with --data DIR or HW13_PHOTOS")
     device, data = h.pick_device(), h.find_data(args.data)
     teacher = h.load_teacher(data.teacher, device)
     if args.teacher_size != args.size:
@@ -619,13 +645,14 @@ def main():
     print(f"the teacher at {args.teacher_size} px: {h.plus_minus(accuracy, len(labels))}", flush=True)
     for seed in args.seeds:
         for name in names:
-            there = of_budget(stored_rows(), args)
+            there = of_budget(stored_rows(args), args)
             if ((there.recipe == name) & (there.seed == seed)).any():
+                print(f"{name}, seed {seed}: its row is stored already", flush=True)
                 continue
             row = train(name, args, seed, data, teacher, device)
             row["agreement"] = (row.pop("logits").argmax(1) == teacher_classes).double().mean().item()
             row |= {"device": device.type, "date": time.strftime("%Y-%m-%d")}
-            store(row)
+            store(row, args)
             print(pd.DataFrame([row]).round(4).to_string(index=False), flush=True)
     return None
 
