@@ -69,6 +69,7 @@ def test_candidate_losses_vanish_where_the_answers_agree_in_their_sense():
     other = torch.randn(8, 11)
     assert r.standardised_kd(3 * teacher + 2, labels, teacher, 1.0, 2.0).abs() < 1e-4
     assert r.standardised_kd(other, labels, teacher, 1.0, 2.0) > 0.1
+    assert r.dist_kd(teacher + 5, labels, teacher, 1.0, 2.0).abs() < 1e-4
     paler = (0.5 * teacher.softmax(1) + 0.5 / 11).log()  # every correlation is one, and the KL divergence is not zero
     assert r.dist_kd(paler, labels, teacher, 1.0, 1.0).abs() < 1e-4 < h.loss_fn_kd(paler, labels, teacher, 1.0, 1.0)
     for student, temperature in ((other, 2.0), (3 * teacher, 1.0)):
@@ -104,7 +105,7 @@ def test_changed_views_are_each_pictures_own_and_the_same_again_in_the_same_epoc
     area = (holes == 0).float().mean((1, 2, 3))
     assert 0 < (area > 0).sum() < 16 and area.max() <= 0.26 and same is own
     assert torch.equal(holes[holes != 0], images[holes != 0])
-    loss_fn = r.changed(r.coloured, r.mixed)(h.STAGES["beyond"], h.build_student(h.STAGES["beyond"]), teacher)
+    loss_fn = r.ChangedViews(r.mixed, h.STAGES["beyond"], h.build_student(h.STAGES["beyond"]), teacher)
     answers = []
     for progress in (0.5, 0.5, 0.6):
         loss_fn.set_progress(progress)

@@ -25,6 +25,7 @@ import re
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -169,11 +170,6 @@ def inverted_residual(width, out, stride, s):
     return Residual(nn.Sequential(*layers), stride == 1 and width == out)
 
 
-def plain_dwpw(width, out, stride, s):
-    """The course's dwpw_conv without biases: no shortcut."""
-    return nn.Sequential(conv_bn(width, width, s.kernel, stride, width, s.act), conv_bn(width, out, act=s.act))
-
-
 def residual_dwpw(width, out, stride, s):
     """dw-pw with a shortcut where shapes agree: half of an inverted residual's depth in activations, none wide."""
     branch = nn.Sequential(conv_bn(width, width, s.kernel, stride, width, s.act), conv_bn(width, out))
@@ -187,7 +183,7 @@ def convnext(width, out, stride, s):
     return Residual(nn.Sequential(*layers), stride == 1 and width == out)
 
 
-BLOCKS = {"ir": inverted_residual, "dwpw": plain_dwpw, "resdw": residual_dwpw, "next": convnext}
+BLOCKS = {"ir": inverted_residual, "resdw": residual_dwpw, "next": convnext}
 
 
 @dataclass(frozen=True)
@@ -205,8 +201,8 @@ class Spec:
     rep: bool = False
     head: int = 0  # channels of a last 1x1 convolution, 0: none
 
-    def build(self):
-        """The net: (B, 3, H, W) -> logits (B, 11), its layers named layer1, layer2, ..."""
+    def build(self, cfg=None, teacher=None):
+        """The net: (B, 3, H, W) -> logits (B, 11), its layers named layer1, layer2, ... It needs neither argument."""
         width = self.stem
         net = nn.Sequential()
         net.add_module("stem", conv_bn(3, width, 3, 2, act=self.act))
@@ -224,7 +220,7 @@ class Spec:
         return net
 
 
-def best_legal_net():
+def best_legal_net(cfg=None, teacher=None):
     """The best legal published net as far as its description goes: 59,790 parameters, 17 M multiply-adds.
 
     A depthwise-separable 7x7 stride-2 stem and pool, then ResNet-18's basic blocks of two depthwise-separable
@@ -258,6 +254,11 @@ class FrozenStem(nn.Sequential):
 
     def train(self, mode=True):
         return super().train(False)
+
+
+def own_net(cfg, teacher):
+    """The config's student."""
+    return h.build_student(cfg)
 
 
 def projected_net(cfg, teacher):
@@ -329,20 +330,22 @@ class ProjectorLoss(h.DistillLoss):
 
 
 class ChangedViews(h.DistillLoss):
-    """DistillLoss on batches that `change` alters before teacher and student see them.
+    """DistillLoss(*args) on batches that `change` alters before teacher and student see them.
 
     change(images, one-hot labels (B, 11), rng) -> the same two, with new values. The draws start from the seed and the
     epoch, so that a resumed run sees what an uninterrupted one would.
     """
 
-    change = None
+    def __init__(self, change, *args):
+        super().__init__(*args)
+        self.change = change
 
     def set_progress(self, progress):
         super().set_progress(progress)
         self.rng = np.random.default_rng(int(h.fingerprint(self.cfg.seed, progress), 16))
 
     def forward(self, images, labels, teacher_logits=None):
-        images, labels = type(self).change(images, F.one_hot(labels, h.NUM_CLASSES).float(), self.rng)
+        images, labels = self.change(images, F.one_hot(labels, h.NUM_CLASSES).float(), self.rng)
         return super().forward(images, labels, teacher_logits)
 
 
@@ -371,16 +374,6 @@ def erased(images, labels, rng):
     return images.masked_fill(inside.to(images.device), 0.0), labels
 
 
-def changed(*changes):
-    """The ChangedViews that makes these changes in turn."""
-    def change(images, labels, rng):
-        for one in changes:
-            images, labels = one(images, labels, rng)
-        return images, labels
-
-    return type("ChangedViews", (ChangedViews,), {"change": staticmethod(change)})
-
-
 # --- recipes ---------------------------------------------------------------------------------------------------------
 
 
@@ -389,30 +382,27 @@ class Recipe:
     """A Config, the net where it is not the config's own, and replacements of loss_fn_kd and of the whole loss."""
 
     cfg: h.Config
-    build: object = None  # () -> net, or (cfg, teacher) -> net where it takes something of the teacher's
+    build: object = own_net  # (cfg, teacher) -> net
     kd: object = PLAIN_KD
-    loss: type = h.DistillLoss
+    loss: object = h.DistillLoss
     replay: bool = True  # the teacher's logits of every epoch may be stored and shared by the recipes of a call
 
     def net(self, cfg, teacher):
         """The student with weights drawn from the seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)
-            if self.build in (published_boss_net, projected_net):
-                return self.build(cfg, teacher)
-            return self.build() if self.build else h.build_student(cfg)
+            return self.build(cfg, teacher)
 
 
 # Patient and consistent teaching in a short form: the teacher's answers alone, on the student's own view.
-TEACH = dataclasses.replace(
-    h.STAGES["simple"], loss_fn_type="KD", alpha=1.0, temperature=4.0, crop_scale=(0.35, 1.0), optimizer="adamw",
+TEACH = h.get_config(
+    "simple", loss_fn_type="KD", alpha=1.0, temperature=4.0, crop_scale=(0.35, 1.0), optimizer="adamw",
     weight_decay=0.02, lr=4e-3, lr_schedule="cosine", warmup_epochs=1.0, batch_size=64, grad_norm_max=10.0)
 # Boss as it was published, and its legal plain form.
-DWPW_BOSS = dataclasses.replace(
-    h.STAGES["boss"], **DWPW, temperature=20.0, optimizer="adam", lr=1e-3, lr_schedule="constant", warmup_epochs=0.0,
+DWPW_BOSS = h.get_config(
+    "boss", **DWPW, temperature=20.0, optimizer="adam", lr=1e-3, lr_schedule="constant", warmup_epochs=0.0,
     weight_decay=1e-5, batch_size=128)
-LAYERS = ((24, 2, 2), (32, 3, 2), (48, 2, 2))
-LAYERS_AT_14 = ((24, 2, 2), (32, 3, 2), (48, 2, 1))  # the last layer without a stride: the stages' own
+LAYERS = ((24, 2, 2), (32, 3, 2), (48, 2, 1))  # the stages' own
 
 
 def arch(layers=LAYERS, **settings):
@@ -429,8 +419,8 @@ BASE = Spec(((24, 2, 2), (32, 3, 2), (40, 2, 1)), kernel=5, act="hswish")
 
 RECIPES = {
     # the marks
-    "sample_ce": Recipe(dataclasses.replace(h.STAGES["simple"], lr=1e-3)),
-    "sample_kd": Recipe(dataclasses.replace(h.STAGES["medium"], lr=1e-3)),
+    "sample_ce": Recipe(h.get_config("simple", lr=1e-3)),
+    "sample_kd": Recipe(h.get_config("medium", lr=1e-3)),
     "published_boss": Recipe(dataclasses.replace(
         DWPW_BOSS, stem_width=64, widths=(64, 128, 256, 140), depths=(1,) * 4, strides=(1, 2, 2, 2)),
         published_boss_net, replay=False),
@@ -442,15 +432,15 @@ RECIPES = {
     "beyond": Recipe(h.STAGES["beyond"]),
     # nets under one recipe
     "a_dwpw": Recipe(dataclasses.replace(TEACH, student="dwpw")),
-    "a_ir_strided": arch(),
-    "a_ir_late1": arch(LAYERS_AT_14),
+    "a_ir_strided": arch(((24, 2, 2), (32, 3, 2), (48, 2, 2))),
+    "a_ir_late1": arch(),
     "a_resdw": arch(((32, 2, 2), (64, 4, 2), (96, 3, 1)), block="resdw", stem=24),
     "a_ir_e2": arch(((24, 3, 2), (40, 4, 2), (56, 2, 1)), expansion=2),
     "a_ir_e4": arch(((16, 2, 2), (32, 3, 2), (40, 2, 1)), expansion=4),
     "a_ir_k5": arch(((24, 2, 2), (32, 3, 2), (40, 2, 1)), kernel=5),
     "a_ir_se": arch(((24, 2, 2), (32, 2, 2), (40, 2, 1)), se=True),
-    "a_ir_hswish": arch(LAYERS_AT_14, act="hswish"),
-    "a_ir_blur": arch(LAYERS_AT_14, blur=True),
+    "a_ir_hswish": arch(act="hswish"),
+    "a_ir_blur": arch(blur=True),
     "a_ir_head": arch(((24, 2, 2), (32, 2, 2), (48, 2, 1)), head=192),
     "a_next_k5": arch(((24, 2, 2), (40, 3, 2), (48, 3, 1)), block="next", kernel=5, expansion=2),
     "b_k7": arch(((20, 2, 2), (28, 3, 2), (36, 2, 1)), kernel=7),
@@ -462,22 +452,22 @@ RECIPES = {
     "r_t2": taught(temperature=2.0),
     "r_lr8": taught(lr=8e-3),
     # the last stage with one thing changed (for another loss also its temperature; the branches belong to beyond_k5)
-    "beyond_pure": Recipe(dataclasses.replace(h.STAGES["beyond"], alpha=1.0)),
-    "beyond_labels": Recipe(dataclasses.replace(h.STAGES["beyond"], alpha=0.1)),
-    "beyond_t2": Recipe(dataclasses.replace(h.STAGES["beyond"], temperature=2.0)),
-    "beyond_t8": Recipe(dataclasses.replace(h.STAGES["beyond"], temperature=8.0)),
-    "beyond_handover": Recipe(dataclasses.replace(
-        h.STAGES["beyond"], align_weights=(3.0, 2.0, 1.0), loss_schedule="handover"), replay=False),
-    "beyond_blur": Recipe(h.STAGES["beyond"], Spec(LAYERS_AT_14, act="hswish", blur=True).build),
+    "beyond_pure": Recipe(h.get_config("beyond", alpha=1.0)),
+    "beyond_labels": Recipe(h.get_config("beyond", alpha=0.1)),
+    "beyond_t2": Recipe(h.get_config("beyond", temperature=2.0)),
+    "beyond_t8": Recipe(h.get_config("beyond", temperature=8.0)),
+    "beyond_handover": Recipe(
+        h.get_config("beyond", align_weights=(3.0, 2.0, 1.0), loss_schedule="handover"), replay=False),
+    "beyond_blur": Recipe(h.STAGES["beyond"], Spec(LAYERS, act="hswish", blur=True).build),
     "beyond_k5": Recipe(h.STAGES["beyond"], BASE.build),
     "beyond_rep": Recipe(h.STAGES["beyond"], dataclasses.replace(BASE, rep=True).build),
-    "beyond_sgd": Recipe(dataclasses.replace(h.STAGES["beyond"], optimizer="sgd", lr=0.2, weight_decay=1e-4)),
-    "beyond_std": Recipe(dataclasses.replace(h.STAGES["beyond"], temperature=2.0), kd=standardised_kd),
-    "beyond_dist": Recipe(dataclasses.replace(h.STAGES["beyond"], temperature=1.0), kd=dist_kd),
+    "beyond_sgd": Recipe(h.get_config("beyond", optimizer="sgd", lr=0.2, weight_decay=1e-4)),
+    "beyond_std": Recipe(h.get_config("beyond", temperature=2.0), kd=standardised_kd),
+    "beyond_dist": Recipe(h.get_config("beyond", temperature=1.0), kd=dist_kd),
     "beyond_projector": Recipe(h.STAGES["beyond"], projected_net, loss=ProjectorLoss, replay=False),
-    "beyond_colour": Recipe(h.STAGES["beyond"], loss=changed(coloured), replay=False),
-    "beyond_erase": Recipe(h.STAGES["beyond"], loss=changed(erased), replay=False),
-    "beyond_mix": Recipe(h.STAGES["beyond"], loss=changed(mixed), replay=False),
+    "beyond_colour": Recipe(h.STAGES["beyond"], loss=partial(ChangedViews, coloured), replay=False),
+    "beyond_erase": Recipe(h.STAGES["beyond"], loss=partial(ChangedViews, erased), replay=False),
+    "beyond_mix": Recipe(h.STAGES["beyond"], loss=partial(ChangedViews, mixed), replay=False),
 }
 
 
@@ -617,10 +607,12 @@ def main(argv=None):
     parser.add_argument("--against", default="published_boss")
     parser.add_argument("--predict", type=Path)
     args = parser.parse_args(argv)
-    names = [name for pattern in args.names for name in RECIPES if re.fullmatch(pattern, name)]
-    unknown = [pattern for pattern in args.names if not any(re.fullmatch(pattern, name) for name in RECIPES)]
-    if unknown:
-        parser.error(f"no recipe is called {unknown[0]}; --list shows the names")
+    names = []
+    for pattern in args.names:
+        matching = [name for name in RECIPES if re.fullmatch(pattern, name)]
+        if not matching:
+            parser.error(f"no recipe is called {pattern}; --list shows the names")
+        names += matching
     if args.table:
         return table(args)
     if args.list or not names:
