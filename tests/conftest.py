@@ -1,4 +1,4 @@
-"""Shared fixtures. The photo set is found through HW13_PHOTOS; tests that want it skip without it."""
+"""Shared fixtures. Tests that want the photo set find it through HW13_PHOTOS, or skip."""
 
 import os
 import sys
@@ -18,7 +18,9 @@ import helpers as h  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch, tmp_path_factory):
-    """No variable of the caller's machine reaches a test; the cache is shared by a test run and thrown away."""
+    """No variable of the caller's machine reaches a test; the cache is shared by a test run and
+    thrown away.
+    """
     for name in ("HW13_DATA", "HW13_KAGGLE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HW13_KAGGLE", str(tmp_path_factory.getbasetemp() / "no_kaggle"))
@@ -38,11 +40,15 @@ def save_picture(path, seed=0, size=(60, 48), mode="RGB", **options):
 
 @pytest.fixture
 def food(tmp_path):
-    """A data folder in the homework's layout: 2 training, 1 validation image a class, 5 evaluation images."""
+    """A data folder in the homework's layout: 2 training, 1 validation image a class, 5 evaluation
+    images.
+    """
     root = tmp_path / "Food-11"
     for label in range(h.NUM_CLASSES):
         for n in range(2):
-            save_picture(root / "training" / f"{label}_{n}.jpg", 10 * label + n, (60 + 4 * n, 48 + label))
+            save_picture(
+                root / "training" / f"{label}_{n}.jpg", 10 * label + n, (60 + 4 * n, 48 + label)
+            )
         save_picture(root / "validation" / f"{label}_0.jpg", 500 + label)
     for n in range(5):
         save_picture(root / "evaluation" / f"{n:04d}.jpg", 900 + n)

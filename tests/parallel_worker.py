@@ -1,4 +1,6 @@
-"""One of several processes started by test_parallel.py with torch.distributed.run: argv is a task and its arguments."""
+"""One of several processes started by test_parallel.py with torch.distributed.run: argv is a task
+and its arguments.
+"""
 
 import os
 import sys
@@ -12,17 +14,17 @@ import helpers as h  # noqa: E402
 
 
 def gradients(data_folder, teacher_file, result):
-    """Gradients of one Boss step over all processes, batch norm in eval mode, to compare with one process's."""
+    """Gradients of one Boss step over all processes, batch norm in eval mode, to compare with one
+    process's.
+    """
     cfg = h.get_config("boss", image_size=64, batch_size=22, amp="off")
     loss_fn = h.DistillLoss(cfg, h.build_student(cfg), h.load_teacher(teacher_file))
     loader = h.build_loaders(cfg, h.find_data(data_folder), torch.device("cpu"))[0]
     loss_fn.set_progress(0.5)
-    forward = loss_fn
-    if h.rank_and_world()[1] > 1:
-        forward = torch.nn.parallel.DistributedDataParallel(loss_fn)
+    forward = h.data_parallel(loss_fn)
     forward.eval()
     batch = next(iter(loader))
-    (forward(batch.images, batch.labels)[0] * batch.share).backward()
+    (forward(batch.images, batch.labels).loss * batch.weight).backward()
     if h.rank_and_world()[0] == 0:
         torch.save({name: p.grad for name, p in loss_fn.named_parameters()}, result)
 
@@ -36,5 +38,5 @@ def die():
 
 if __name__ == "__main__":
     os.environ["HW13_FAST"] = "1"
-    with h.data_parallel():
+    with h.process_group():
         globals()[sys.argv[1]](*sys.argv[2:])

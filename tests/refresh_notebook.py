@@ -2,7 +2,8 @@
 
     python tests/refresh_notebook.py
 
-Outputs are kept, since people look before they run; execution counts and volatile metadata are not. The run is made in
+Outputs are kept, since people look before they run; execution counts and volatile metadata are not.
+The run is made in
 an empty folder with nothing but the notebook and helpers.py, so that it shows what a newcomer sees.
 """
 
@@ -23,17 +24,37 @@ import helpers as h  # noqa: E402
 
 
 def execute(notebook, folder, **environment):
-    """Run a notebook file in its folder with nbconvert, as the README does; (executed notebook, seconds)."""
+    """Run a notebook file in its folder with nbconvert, as the README does; (executed notebook,
+    seconds).
+    """
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "jupyter", "nbconvert", "--to", "notebook", "--execute", "--output", "run",
-                    notebook], cwd=folder, env=os.environ | environment, check=True, capture_output=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "jupyter",
+            "nbconvert",
+            "--to",
+            "notebook",
+            "--execute",
+            "--output",
+            "run",
+            notebook,
+        ],
+        cwd=folder,
+        env=os.environ | environment,
+        check=True,
+        capture_output=True,
+    )
     return nbformat.read(Path(folder) / "run.ipynb", as_version=4), time.perf_counter() - start
 
 
 def clean(notebook):
     """Drop what changes from run to run without meaning: counts, timestamps, transient ids."""
-    notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-                         "language_info": {"name": "python"}}
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
     for number, cell in enumerate(notebook.cells):
         cell.id, cell.metadata = f"cell-{number:02d}", {}
         if cell.cell_type == "code":
@@ -47,7 +68,12 @@ def clean(notebook):
 
 
 def main():
-    environment = {"HW13_CACHE": "cache", "HW13_DATA": "", "HW13_FAST": "", "HW13_KAGGLE": "/nowhere"}
+    environment = {
+        "HW13_CACHE": "cache",
+        "HW13_DATA": "",
+        "HW13_FAST": "",
+        "HW13_KAGGLE": "/nowhere",
+    }
     with tempfile.TemporaryDirectory() as folder:
         for name in (h.NOTEBOOK, "helpers.py"):
             shutil.copy(ROOT / name, folder)

@@ -1,11 +1,16 @@
-"""What tests and benches share: the plain student's settings, and the comparison of two checkpoints."""
+"""What tests and benches share: the plain student's settings, and the comparison of two
+checkpoints.
+"""
 
 import torch
 
 import helpers as h
 
 # The plain student of the course's blocks, whose layers are as wide as the teacher's.
-DWPW = {key: getattr(h.Config(student="dwpw"), key) for key in ("student", "stem_width", "widths", "depths", "strides")}
+DWPW = {
+    key: getattr(h.Config(student="dwpw"), key)
+    for key in ("student", "stem_width", "widths", "depths", "strides")
+}
 
 
 def without_seconds(folder):

@@ -1,4 +1,7 @@
-"""Finding, reading and decoding data: both layouts, every image mode, stray and damaged files, the cache."""
+"""Finding, reading and decoding data.
+
+Both layouts, every image mode, stray and damaged files, the cache.
+"""
 
 import shutil
 import warnings
@@ -12,29 +15,42 @@ from PIL import Image
 import helpers as h
 
 
-def public_copy(root, evaluation_labels=True):
+def public_copy(root):
     """Class folders as public copies have them, with their own spelling."""
     names = [name.replace("/", "-") for name in h.CLASS_NAMES]
     for split in h.SPLITS:
-        for k, name in enumerate(names):
-            save_picture(root / split / name / f"{k}_0.jpg", k)
+        for label, name in enumerate(names):
+            save_picture(root / split / name / f"{label}_0.jpg", label)
     return root
 
 
-# --- where data is looked for ----------------------------------------------------------------------------------------
+def label_in(name):
+    """The number before a file name's first underscore."""
+    return int(name.split("_")[0])
+
+
+def pixels_of(image):
+    """A PIL image as a uint8 tensor (3, H, W)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+# --- where data is looked for ---------------------------------------------------------------------
 
 
 def test_the_argument_wins_then_the_variable_then_kaggle_then_here(food, tmp_path, monkeypatch):
-    places = [tmp_path / "argument", tmp_path / "variable", tmp_path / "kaggle/input/x", tmp_path / "here"]
-    for place in places:
+    argument = tmp_path / "argument"
+    variable = tmp_path / "variable"
+    mount = tmp_path / "kaggle/input/x"
+    here = tmp_path / "here"
+    for place in (argument, variable, mount, here):
         shutil.copytree(food, place / "Food-11")
-    monkeypatch.chdir(places[3])
-    assert h.find_data().root.resolve() == places[3] / "Food-11"
+    monkeypatch.chdir(here)
+    assert h.find_data().root.resolve() == here / "Food-11"
     monkeypatch.setenv("HW13_KAGGLE", str(tmp_path / "kaggle"))
-    assert h.find_data().root == places[2] / "Food-11"
-    monkeypatch.setenv("HW13_DATA", str(places[1]))
-    assert h.find_data().root == places[1] / "Food-11"
-    assert h.find_data(places[0] / "Food-11").root == places[0] / "Food-11"
+    assert h.find_data().root == mount / "Food-11"
+    monkeypatch.setenv("HW13_DATA", str(variable))
+    assert h.find_data().root == variable / "Food-11"
+    assert h.find_data(argument / "Food-11").root == argument / "Food-11"
 
 
 def test_data_folder_below_here(food, tmp_path, monkeypatch):
@@ -50,8 +66,15 @@ def test_nothing_found_is_none(tmp_path, monkeypatch):
     assert h.find_data() is None
 
 
-@pytest.mark.parametrize("mount", ["ml2023spring-hw13", "competitions/ml2023spring-hw13",
-                                   "datasets/someone/food", "food11/deeper/inside"])
+@pytest.mark.parametrize(
+    "mount",
+    [
+        "ml2023spring-hw13",
+        "competitions/ml2023spring-hw13",
+        "datasets/someone/food",
+        "food11/deeper/inside",
+    ],
+)
 def test_kaggle_mount_forms(food, tmp_path, monkeypatch, mount):
     (tmp_path / "k/working").mkdir(parents=True)
     shutil.copytree(food, tmp_path / "k/input" / mount / "Food-11")
@@ -60,14 +83,16 @@ def test_kaggle_mount_forms(food, tmp_path, monkeypatch, mount):
 
 
 def test_the_competition_wins_over_a_public_copy(food, tmp_path, monkeypatch):
+    inputs = tmp_path / "k/input"
     (tmp_path / "k/working").mkdir(parents=True)
-    public_copy(tmp_path / "k/input/a-public-copy")
-    shutil.copytree(food, tmp_path / "k/input/competitions/ml2023spring-hw13/Food-11")
-    (tmp_path / "k/input/teachers").mkdir()
-    (tmp_path / "k/input/teachers" / h.TEACHER_FILE).write_bytes(b"x")
+    public_copy(inputs / "a-public-copy")
+    shutil.copytree(food, inputs / "competitions/ml2023spring-hw13/Food-11")
+    (inputs / "teachers").mkdir()
+    (inputs / "teachers" / h.TEACHER_FILE).write_bytes(b"x")
     monkeypatch.setenv("HW13_KAGGLE", str(tmp_path / "k"))
     data = h.find_data()
-    assert not data.class_folders and data.teacher == tmp_path / "k/input/teachers" / h.TEACHER_FILE
+    assert not data.class_folders
+    assert data.teacher_path == inputs / "teachers" / h.TEACHER_FILE
 
 
 def test_kaggle_without_input_says_what_to_attach(tmp_path, monkeypatch):
@@ -77,24 +102,33 @@ def test_kaggle_without_input_says_what_to_attach(tmp_path, monkeypatch):
         h.find_data()
 
 
-# --- what a folder may hold ------------------------------------------------------------------------------------------
+# --- what a folder may hold -----------------------------------------------------------------------
 
 
 def test_flat_layout(food):
     data = h.find_data(food)
-    assert {s: len(f) for s, f in data.files.items()} == {"training": 22, "validation": 11, "evaluation": 5}
+    counts = {split: len(files) for split, files in data.files.items()}
+    assert counts == {"training": 22, "validation": 11, "evaluation": 5}
     assert data.ids["evaluation"] == ["0000", "0001", "0002", "0003", "0004"]
     assert data.ids["training"] == sorted(data.ids["training"])
-    assert all(int(i.split("_")[0]) == k for i, k in zip(data.ids["training"], data.labels["training"], strict=True))
+    assert [label_in(name) for name in data.ids["training"]] == data.labels["training"]
     assert data.labels["evaluation"] == [-1] * 5
+    assert not data.is_homework
+
+
+def test_counts_and_description_of_the_flat_layout(food):
+    data = h.find_data(food)
     counts = data.counts()
-    assert counts.loc["Bread", "training"] == 2 and counts.loc["all", "validation"] == 11
-    assert "training 22" in data.describe() and "not Food-11" in data.describe() and not data.is_homework
+    assert counts.loc["Bread", "training"] == 2
+    assert counts.loc["all", "validation"] == 11
+    assert "training 22" in data.describe()
+    assert "not Food-11" in data.describe()
 
 
 def test_labels_with_two_digits_keep_the_string_order(food):
     data = h.find_data(food)
-    assert data.ids["training"][:4] == ["0_0", "0_1", "10_0", "10_1"] and data.labels["training"][2] == 10
+    assert data.ids["training"][:4] == ["0_0", "0_1", "10_0", "10_1"]
+    assert data.labels["training"][2] == 10
 
 
 def test_class_folders_are_matched_by_name_not_by_position(tmp_path):
@@ -103,9 +137,10 @@ def test_class_folders_are_matched_by_name_not_by_position(tmp_path):
     (root / "training" / "Vegetable-Fruit").rename(root / "training" / "vegetable_fruit")
     (root / "training" / ".ipynb_checkpoints").mkdir()
     data = h.find_data(root)
-    assert data.class_folders and sorted(data.labels["training"]) == list(range(11))
-    assert all(int(p.stem.split("_")[0]) == k for s in h.SPLITS
-               for p, k in zip(data.files[s], data.labels[s], strict=True))
+    assert data.class_folders
+    assert sorted(data.labels["training"]) == list(range(11))
+    for split in h.SPLITS:
+        assert [label_in(path.stem) for path in data.files[split]] == data.labels[split]
     assert data.ids["evaluation"] == [f"{i:04d}" for i in range(11)]
     assert data.files["evaluation"] == sorted(data.files["evaluation"])
     assert "not the homework's split" in data.origin
@@ -126,18 +161,45 @@ def test_stray_files_are_ignored_with_a_count(food):
     for name in ("._0_0.jpg", "Thumbs.db", ".DS_Store", "notes.txt"):
         (food / "training" / name).write_bytes(b"x")
     (food / "training" / "3_99.jpg").write_bytes(b"")
-    (food / "training" / "picture.jpg").write_bytes((food / "training" / "0_0.jpg").read_bytes())
+    shutil.copy(food / "training" / "0_0.jpg", food / "training" / "picture.jpg")
     data = h.find_data(food)
-    assert len(data.files["training"]) == 22 and len(data.ignored) == 6 and "Ignored 6" in data.describe()
+    assert len(data.files["training"]) == 22
+    assert len(data.ignored) == 6
+    assert "Ignored 6" in data.describe()
 
 
-@pytest.mark.parametrize(("harm", "message"), [
-    (lambda r: shutil.rmtree(r / "validation"), "no folder 'validation'"),
-    (lambda r: [p.unlink() for p in (r / "training").iterdir()], "no usable image"),
-    (lambda r: (r / "training/0_0.jpg").rename(r / "training/11_0.jpg"), "11_0.jpg has label 11"),
-    (lambda r: [p.rename(p.with_name("x" + p.name)) for p in (r / "training").iterdir()], "no label in their name"),
-    (lambda r: save_picture(r / "evaluation/0001.png"), "two images with the id 0001"),
-])
+def remove_a_split(root):
+    shutil.rmtree(root / "validation")
+
+
+def empty_a_split(root):
+    for path in (root / "training").iterdir():
+        path.unlink()
+
+
+def give_a_label_out_of_range(root):
+    (root / "training/0_0.jpg").rename(root / "training/11_0.jpg")
+
+
+def take_the_labels_from_the_names(root):
+    for path in list((root / "training").iterdir()):
+        path.rename(path.with_name("x" + path.name))
+
+
+def use_an_id_twice(root):
+    save_picture(root / "evaluation/0001.png")
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (remove_a_split, "no folder 'validation'"),
+        (empty_a_split, "no usable image"),
+        (give_a_label_out_of_range, "11_0.jpg has label 11"),
+        (take_the_labels_from_the_names, "no label in their name"),
+        (use_an_id_twice, "two images with the id 0001"),
+    ],
+)
 def test_a_broken_folder_gives_one_clear_sentence(food, harm, message):
     harm(food)
     with pytest.raises(h.UserError, match=message) as error:
@@ -150,23 +212,34 @@ def test_a_named_folder_that_is_not_there(tmp_path):
         h.find_data(tmp_path / "nothing")
 
 
-# --- decoding --------------------------------------------------------------------------------------------------------
+# --- decoding -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "mode"), [("a.jpg", "L"), ("a.jpg", "CMYK"), ("a.png", "P"), ("a.png", "RGBA"),
-                                            ("a.png", "LA"), ("a.png", "1"), ("a.png", "I;16")])
-def test_every_mode_is_handled_alike_on_both_paths(food, name, mode):
-    path = food / "validation" / ("0_0" + name[1:])
+@pytest.mark.parametrize(
+    ("suffix", "mode"),
+    [
+        (".jpg", "L"),
+        (".jpg", "CMYK"),
+        (".png", "P"),
+        (".png", "RGBA"),
+        (".png", "LA"),
+        (".png", "1"),
+        (".png", "I;16"),
+    ],
+)
+def test_every_mode_is_handled_alike_on_both_paths(food, suffix, mode):
+    path = food / "validation" / f"0_0{suffix}"
     (food / "validation/0_0.jpg").unlink()
     if mode == "I;16":
-        Image.fromarray((np.arange(60 * 60).reshape(60, 60) * 18).astype(np.uint16)).save(path)
+        ramp = np.arange(60 * 60).reshape(60, 60) * 18
+        Image.fromarray(ramp.astype(np.uint16)).save(path)
     else:
         save_picture(path, 3, (60, 60), mode)
     data = h.find_data(food)
     i = data.files["validation"].index(path)
     split = h.load_data(data, "validation", "eval", 40)
-    reference = h.eval_transform(40)(h.FoodDataset(data, "validation", lambda im: im)[i][0])
-    assert torch.equal(split.images[i], torch.from_numpy(np.array(reference)).permute(2, 0, 1))
+    reference, _ = h.FoodDataset(data, "validation", h.eval_transform(40))[i]
+    assert torch.equal(split.images[i], pixels_of(reference))
     assert split.images[i].float().std() > 5  # neither black nor white
 
 
@@ -190,10 +263,15 @@ def test_a_damaged_training_image_is_left_out_and_named(food, capsys):
     (food / "training/10_1.jpg").write_bytes(b"no picture")
     data = h.find_data(food)
     split = h.load_data(data, "training", "whole", 40)
-    assert len(split) == 31 == len(split.images) == len(split.labels) == len(split.aspects)
-    assert "10_1.jpg" in capsys.readouterr().out and "10_1" not in split.ids
-    last = h.open_image(food / "training" / f"{split.ids[-1]}.jpg").resize((46, 46), Image.Resampling.BILINEAR)
-    assert torch.equal(split.images[-1], torch.from_numpy(np.array(last)).permute(2, 0, 1))
+    assert len(split) == 31
+    assert len(split.images) == 31
+    assert len(split.labels) == 31
+    assert len(split.aspects) == 31
+    assert "10_1.jpg" in capsys.readouterr().out
+    assert "10_1" not in split.ids
+    last = h.open_image(food / "training" / f"{split.ids[-1]}.jpg")
+    last = last.resize((46, 46), Image.Resampling.BILINEAR)
+    assert torch.equal(split.images[-1], pixels_of(last))
 
 
 def test_many_damaged_training_images_are_an_error(food):
@@ -205,27 +283,33 @@ def test_many_damaged_training_images_are_an_error(food):
 
 def test_a_damaged_evaluation_image_never_loses_its_row(food, capsys):
     whole = (food / "evaluation/0001.jpg").read_bytes()
-    (food / "evaluation/0001.jpg").write_bytes(whole[:int(len(whole) * 0.8)])
+    (food / "evaluation/0001.jpg").write_bytes(whole[: int(len(whole) * 0.8)])
     (food / "evaluation/0002.jpg").write_bytes(b"no picture")
     (food / "evaluation/0003.jpg").write_bytes(b"")
     split = h.load_data(h.find_data(food), "evaluation", "eval", 40)
     out = capsys.readouterr().out
-    assert split.ids == ("0000", "0001", "0002", "0003", "0004") and len(split.images) == 5
-    assert "0001.jpg" in out and "as far as it goes" in out and "0002.jpg" in out and "0003.jpg" in out
+    assert split.ids == ("0000", "0001", "0002", "0003", "0004")
+    assert len(split.images) == 5
+    for text in ("0001.jpg", "as far as it goes", "0002.jpg", "0003.jpg"):
+        assert text in out
     assert split.images[1].float().std() > 5
     assert split.images[2].unique().tolist() == [h.NEUTRAL_GREY]
     assert torch.equal(split.images[2], split.images[3])
 
 
+# --- the cache ------------------------------------------------------------------------------------
+
+
 def test_the_cache_is_reused_and_follows_the_files(food, monkeypatch):
     data = h.find_data(food)
     first = h.load_data(data, "training", "whole", 40)
-    monkeypatch.setattr(h, "_decode_all", lambda *a: pytest.fail("decoded twice"))
-    assert torch.equal(h.load_data(data, "training", "whole", 40).images, first.images)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(h, "decode_all", lambda *args: pytest.fail("decoded twice"))
+        assert torch.equal(h.load_data(data, "training", "whole", 40).images, first.images)
     save_picture(food / "training/0_0.jpg", 77, (90, 40))
     again = h.load_data(h.find_data(food), "training", "whole", 40)
-    assert again.cache != first.cache and not torch.equal(again.images[0], first.images[0])
+    assert again.cache != first.cache
+    assert not torch.equal(again.images[0], first.images[0])
     assert again.aspects[0] == 90 / 40
 
 
@@ -243,17 +327,38 @@ def test_decoding_leaves_the_warning_filters_alone(food):
     assert warnings.filters == before
 
 
-def test_views_and_sizes(food):
+def test_forms_and_sizes(food):
     data = h.find_data(food)
-    whole, exact = (h.load_data(data, "validation", view, 40) for view in ("whole", "eval"))
-    assert whole.images.shape == (11, 3, 46, 46) and exact.images.shape == (11, 3, 40, 40)
-    assert whole.images.dtype == torch.uint8 and h.source_size(224) == 256
-    assert torch.equal(whole.labels, exact.labels) and whole.aspects.tolist() == [60 / 48] * 11
+    whole = h.load_data(data, "validation", "whole", 40)
+    evaluated = h.load_data(data, "validation", "eval", 40)
+    assert whole.form == "whole"
+    assert evaluated.form == "eval"
+    assert whole.images.shape == (11, 3, 46, 46)
+    assert evaluated.images.shape == (11, 3, 40, 40)
+    assert whole.images.dtype == torch.uint8
+    assert h.source_size(224) == 256
+    assert torch.equal(whole.labels, evaluated.labels)
+    assert whole.aspects.tolist() == [60 / 48] * 11
+
+
+def test_without_user_numbers_the_cache_folder_bears_the_users_name(tmp_path, monkeypatch):
+    """Windows has no os.getuid."""
+    monkeypatch.delenv("HW13_CACHE")
+    monkeypatch.delattr("os.getuid")
+    monkeypatch.setattr("getpass.getuser", lambda: "someone")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert h.cache_root() == tmp_path / "hw13_cache_someone"
+
+
+# --- the drawn demo set ---------------------------------------------------------------------------
 
 
 def test_the_demo_set_is_marked_and_the_same_every_time():
     data = h.make_demo_data()
-    assert data.is_demo and "demo" in data.describe() and not data.is_homework
+    assert data.is_demo
+    assert "demo" in data.describe()
+    assert not data.is_homework
     assert h.make_demo_data().files == data.files
-    a, b = (h.draw_dish(4, np.random.default_rng(3)) for _ in range(2))
-    assert np.array_equal(np.asarray(a), np.asarray(b))
+    once = h.draw_dish(4, np.random.default_rng(3))
+    twice = h.draw_dish(4, np.random.default_rng(3))
+    assert np.array_equal(np.asarray(once), np.asarray(twice))

@@ -1,4 +1,6 @@
-"""What a run survives and what it says: kills, damaged files, a second run, the end of a session, the stop button."""
+"""What a run survives and what it says: kills, damaged files, a second run, the end of a session,
+the stop button.
+"""
 
 import dataclasses
 import os
@@ -17,46 +19,68 @@ import helpers as h
 
 WORKER = [sys.executable, ROOT / "helpers.py", "run"]
 
-def train(food, folder, stage="simple", teacher=None, fresh=False, **settings):
+
+def train(food, folder, stage="simple", fresh=False, **settings):
     """(history without seconds, checksum) of a fit into a folder."""
-    cfg, _, train_loader, valid, student = prepared(food, stage, **settings)
-    history = h.fit(student, train_loader, valid, cfg, teacher, folder, fresh=fresh)
-    return [{**row, "seconds": 0} for row in history], h.state_checksum(student)
+    loss_fn, _, train_loader, valid = prepared(food, stage, **settings)
+    run_folder = None
+    if folder:
+        run_folder = h.RunFolder(folder, loss_fn, fresh=fresh)
+    history = h.fit(loss_fn, train_loader, valid, run_folder)
+    return [{**row, "seconds": 0} for row in history], h.state_checksum(loss_fn.student)
 
 
-# --- kills -----------------------------------------------------------------------------------------------------------
+# --- kills ----------------------------------------------------------------------------------------
 
 
 def test_killed_processes_leave_what_an_uninterrupted_one_leaves(food, teacher_file, tmp_path):
     """Three SIGKILLs at random moments of a run, then to the end: every byte is the same."""
-    command = [*WORKER, "--data", food, "--stages", "boss", *(
-        part for key, value in (SMALL | {"n_epochs": 6}).items()
-        for part in ("--set", f"{key}={value}")), "--out"]
+    command = [
+        *WORKER,
+        "--data",
+        food,
+        "--stages",
+        "boss",
+        *(
+            part
+            for key, value in (SMALL | {"n_epochs": 6}).items()
+            for part in ("--set", f"{key}={value}")
+        ),
+        "--out",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     start = time.monotonic()
     subprocess.run([*command, tmp_path / "whole"], env=environment, check=True, capture_output=True)
     whole, rng = time.monotonic() - start, random.Random(3)
     for _ in range(3):
-        process = subprocess.Popen([*command, tmp_path / "cut"], env=environment, stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [*command, tmp_path / "cut"],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         time.sleep(rng.uniform(0.4, 0.9) * whole)
         process.kill()
         process.wait()
     subprocess.run([*command, tmp_path / "cut"], env=environment, check=True, capture_output=True)
     for name in ("boss.csv", "submission.csv", "boss/student_best.ckpt", "boss/config.json"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), (
+            name
+        )
     assert same(without_seconds(tmp_path / "whole/boss"), without_seconds(tmp_path / "cut/boss"))
 
 
-# --- damaged and missing files ---------------------------------------------------------------------------------------
+# --- damaged and missing files --------------------------------------------------------------------
 
 
 def cut_short(path):
     path.write_bytes(path.read_bytes()[:-1000])
 
 
-@pytest.mark.parametrize("harm", [cut_short, os.remove, lambda p: p.write_bytes(b""),
-                                  lambda p: torch.save({"other": 1}, p)])
+@pytest.mark.parametrize(
+    "harm",
+    [cut_short, os.remove, lambda p: p.write_bytes(b""), lambda p: torch.save({"other": 1}, p)],
+)
 def test_a_damaged_last_falls_back_to_the_save_before(food, tmp_path, harm, capsys):
     wanted = train(food, tmp_path / "whole")
     train(food, tmp_path / "cut", n_epochs=3)
@@ -102,8 +126,16 @@ def test_what_was_lost_beside_last_is_written_again(food, tmp_path, name, harm):
     assert (tmp_path / "run" / name).read_bytes() == before
 
 
-@pytest.mark.parametrize("harm", [lambda s: s | {"facts": 3}, lambda s: s | {"facts": "{}"}, lambda s: [1],
-                                  lambda s: s | {"history": [1]}, lambda s: {"facts": s["facts"]}])
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda s: s | {"facts": 3},
+        lambda s: s | {"facts": "{}"},
+        lambda s: [1],
+        lambda s: s | {"history": [1]},
+        lambda s: {"facts": s["facts"]},
+    ],
+)
 def test_a_checkpoint_with_other_contents_is_one_sentence(food, tmp_path, harm):
     train(food, tmp_path / "run", n_epochs=1)
     saved = torch.load(tmp_path / "run/last.ckpt", weights_only=True)
@@ -116,7 +148,10 @@ def test_a_checkpoint_with_other_contents_is_one_sentence(food, tmp_path, harm):
 def test_a_checkpoint_with_a_part_missing_is_one_sentence(food, tmp_path):
     train(food, tmp_path / "run", n_epochs=1)
     saved = torch.load(tmp_path / "run/last.ckpt", weights_only=True)
-    torch.save({key: value for key, value in saved.items() if key != "optimizer"}, tmp_path / "run/last.ckpt")
+    torch.save(
+        {key: value for key, value in saved.items() if key != "optimizer"},
+        tmp_path / "run/last.ckpt",
+    )
     with pytest.raises(h.UserError, match="another student or program.*optimizer"):
         train(food, tmp_path / "run", n_epochs=1)
 
@@ -124,15 +159,15 @@ def test_a_checkpoint_with_a_part_missing_is_one_sentence(food, tmp_path):
 def test_another_student_of_the_same_settings_is_refused(food, tmp_path, monkeypatch):
     """A learner edits the builder between two runs: weights may fit, but it is another net."""
     train(food, tmp_path / "run", n_epochs=1)
-    original = h.STUDENTS["sample"]
+    original = h.NETS["sample"]
 
     def edited(cfg):
         net = original(cfg)
         net.relu1 = torch.nn.SiLU()
         return net
 
-    monkeypatch.setitem(h.STUDENTS, "sample", edited)
-    with pytest.raises(h.UserError, match="other settings: layers"):
+    monkeypatch.setitem(h.NETS, "sample", edited)
+    with pytest.raises(h.UserError, match="other settings: the layers of the student"):
         train(food, tmp_path / "run", n_epochs=1)
 
 
@@ -191,11 +226,15 @@ def test_a_save_that_fails_leaves_last_and_its_predecessor_alone(tmp_path, monke
         patch.setattr(h.os, "fsync", full)
         with pytest.raises(h.UserError, match="No space left"):
             h.save_checkpoint(3, tmp_path / "last.ckpt", "previous.ckpt")
-    assert [torch.load(tmp_path / f"{n}.ckpt", weights_only=True) for n in ("last", "previous")] == [2, 1]
+    assert [
+        torch.load(tmp_path / f"{n}.ckpt", weights_only=True) for n in ("last", "previous")
+    ] == [2, 1]
 
 
 def test_a_run_survives_that_its_folder_vanishes(food, tmp_path, monkeypatch):
-    """Between two epochs somebody removes the folder: it is made again, and all four files are there at the end."""
+    """Between two epochs somebody removes the folder: it is made again, and all four files are
+    there at the end.
+    """
     wanted = train(food, tmp_path / "whole")
     original, calls = h.evaluate, []
 
@@ -208,7 +247,9 @@ def test_a_run_survives_that_its_folder_vanishes(food, tmp_path, monkeypatch):
 
     monkeypatch.setattr(h, "evaluate", evaluate)
     assert train(food, tmp_path / "run") == wanted
-    assert {"config.json", "last.ckpt", "log.csv", "student_best.ckpt"} <= set(os.listdir(tmp_path / "run"))
+    assert {"config.json", "last.ckpt", "log.csv", "student_best.ckpt"} <= set(
+        os.listdir(tmp_path / "run")
+    )
 
 
 def test_a_full_disk_is_one_sentence_and_what_was_saved_stays(food, tmp_path, monkeypatch):
@@ -225,12 +266,14 @@ def test_a_full_disk_is_one_sentence_and_what_was_saved_stays(food, tmp_path, mo
     assert not [p for p in (tmp_path / "run").iterdir() if p.name.endswith(".tmp")]
 
 
-# --- two runs on one folder ------------------------------------------------------------------------------------------
+# --- two runs on one folder -----------------------------------------------------------------------
 
 
 def test_a_second_run_on_a_folder_is_refused_and_a_killed_one_holds_nothing(food, tmp_path):
-    code = (f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import helpers as h\n"
-            f"with h.locked({str(tmp_path / 'run')!r}): print('held', flush=True); time.sleep(60)")
+    code = (
+        f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import helpers as h\n"
+        f"with h.locked({str(tmp_path / 'run')!r}): print('held', flush=True); time.sleep(60)"
+    )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
     with pytest.raises(h.UserError, match="another run is working in .*run"):
@@ -242,7 +285,7 @@ def test_a_second_run_on_a_folder_is_refused_and_a_killed_one_holds_nothing(food
     assert len(train(food, tmp_path / "run")[0]) == 4
 
 
-# --- time ------------------------------------------------------------------------------------------------------------
+# --- time -----------------------------------------------------------------------------------------
 
 
 def test_a_run_ends_before_its_time_is_up_and_goes_on_later(food, tmp_path, monkeypatch, capsys):
@@ -269,15 +312,21 @@ def test_the_limit_is_kaggles_own_there_and_none_elsewhere(monkeypatch, tmp_path
     assert not h.time_is_up(cfg, [], cpu)
     (tmp_path / "working").mkdir()
     monkeypatch.setenv("HW13_KAGGLE", str(tmp_path))
-    assert h.time_is_up(cfg, [], cpu) and not h.time_is_up(dataclasses.replace(cfg, time_limit_h=20.0), [], cpu)
+    assert h.time_is_up(cfg, [], cpu) and not h.time_is_up(
+        dataclasses.replace(cfg, time_limit_h=20.0), [], cpu
+    )
     monkeypatch.setattr(h, "SESSION_START", time.time() - 9 * 3600)
-    assert not h.time_is_up(cfg, [{"seconds": 60}], cpu) and h.time_is_up(cfg, [{"seconds": 5000}], cpu)
+    assert not h.time_is_up(cfg, [{"seconds": 60}], cpu) and h.time_is_up(
+        cfg, [{"seconds": 5000}], cpu
+    )
 
 
-# --- the stop button -------------------------------------------------------------------------------------------------
+# --- the stop button ------------------------------------------------------------------------------
 
 
-def test_the_stop_button_leaves_the_best_student_and_the_cell_goes_on(food, tmp_path, monkeypatch, capsys):
+def test_the_stop_button_leaves_the_best_student_and_the_cell_goes_on(
+    food, tmp_path, monkeypatch, capsys
+):
     wanted = train(food, tmp_path / "whole")
     original, calls = h.BatchLoader.views_of, []
 
@@ -290,7 +339,9 @@ def test_the_stop_button_leaves_the_best_student_and_the_cell_goes_on(food, tmp_
     with monkeypatch.context() as patch:
         patch.setattr(h.BatchLoader, "views_of", interrupted)
         patch.setattr(h, "in_notebook", lambda: True)
-        patch.setattr(h, "progress_bar", lambda total, desc, initial=0: h.tqdm(total=total, disable=True))
+        patch.setattr(
+            h, "progress_bar", lambda total, desc, initial=0: h.tqdm(total=total, disable=True)
+        )
         run = h.run_stage(h.get_config("simple", **SMALL), h.find_data(food), out=tmp_path / "cut")
     assert len(run.history) == 2 and h.validate_submission(run.csv, 5) == 5
     assert "stopped after epoch 2" in capsys.readouterr().out
@@ -304,7 +355,7 @@ def test_without_a_notebook_an_interrupt_stays_one(food, tmp_path, monkeypatch):
         train(food, tmp_path / "run")
 
 
-# --- a second session on Kaggle --------------------------------------------------------------------------------------
+# --- a second session on Kaggle -------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -361,24 +412,35 @@ def test_an_earlier_session_with_other_settings_is_ignored_and_said(kaggle, caps
     assert "ignored: " in out and "lr 0.5 (now 0.001)" in out and len(run.history) == 4
 
 
-# --- memory ----------------------------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), MemoryError(),
-                                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
 def test_out_of_memory_names_the_settings_that_would_fit(food, monkeypatch, error):
     def hungry(*args):
         raise error
 
     monkeypatch.setattr(h, "train_one_epoch", hungry)
-    with pytest.raises(h.UserError, match="simple: out of memory with batch_size=8, image_size=64: set batch_size=4"):
+    with pytest.raises(
+        h.UserError,
+        match="simple: out of memory with batch_size=8, image_size=64: set batch_size=4",
+    ):
         train(food, None)
-    monkeypatch.setattr(h, "train_one_epoch", lambda *a: (_ for _ in ()).throw(RuntimeError("a bug")))
+    monkeypatch.setattr(
+        h, "train_one_epoch", lambda *a: (_ for _ in ()).throw(RuntimeError("a bug"))
+    )
     with pytest.raises(RuntimeError, match="a bug"):
         train(food, None)
 
 
-# --- the final fit ---------------------------------------------------------------------------------------------------
+# --- the final fit --------------------------------------------------------------------------------
 
 
 def test_the_final_fit_repeats_a_stage_on_all_labelled_images(food, tmp_path, capsys):
@@ -388,20 +450,37 @@ def test_the_final_fit_repeats_a_stage_on_all_labelled_images(food, tmp_path, ca
     path = h.final_fit(run, data, out=tmp_path)
     out = capsys.readouterr().out
     best = int(run.history["valid_acc"].argmax()) + 1
-    assert f"for {best} epochs on 33 images; it has no validation score" in out and "simple_final" in out
-    assert h.validate_submission(path, 5) == 5 and (tmp_path / "submission.csv").read_bytes() == before
+    assert (
+        f"for {best} epochs on 33 images; it has no validation score" in out
+        and "simple_final" in out
+    )
+    assert (
+        h.validate_submission(path, 5) == 5 and (tmp_path / "submission.csv").read_bytes() == before
+    )
     log = (tmp_path / "simple_final/log.csv").read_text().splitlines()
     assert len(log) == best + 1 and log[1].split(",")[5] == ""
     state = torch.load(tmp_path / "simple_final/last.ckpt", weights_only=True)
     assert all(torch.equal(v, state["loss_fn"][f"student.{k}"]) for k, v in state["best"].items())
     h.final_fit(run, data, out=tmp_path, submit_it=True)
     assert (tmp_path / "submission.csv").read_bytes() == path.read_bytes()
-    assert h.main(["evaluate", "--data", str(food), "--checkpoint", str(tmp_path / "simple_final/student_best.ckpt")]
-                  ) == 2
+    assert (
+        h.main(
+            [
+                "evaluate",
+                "--data",
+                str(food),
+                "--checkpoint",
+                str(tmp_path / "simple_final/student_best.ckpt"),
+            ]
+        )
+        == 2
+    )
     assert "it has no validation accuracy" in capsys.readouterr().err
 
 
-def test_the_final_fit_follows_a_stage_that_went_on_and_submits_nothing_unfinished(food, tmp_path, monkeypatch, capsys):
+def test_the_final_fit_follows_a_stage_that_went_on_and_submits_nothing_unfinished(
+    food, tmp_path, monkeypatch, capsys
+):
     data = h.find_data(food)
     (run,) = h.run(data, ["simple"], out=tmp_path, final="csv", **SMALL)
     moved = dataclasses.replace(run, history=run.history.assign(valid_acc=[0.0, 0.1, 0.2, 0.3]))
@@ -411,37 +490,87 @@ def test_the_final_fit_follows_a_stage_that_went_on_and_submits_nothing_unfinish
     before = (tmp_path / "submission.csv").read_bytes()
     monkeypatch.setattr(h, "time_is_up", lambda *a: True)
     assert h.final_fit(moved, data, out=tmp_path, fresh=True, submit_it=True) is None
-    assert h.final_fit(dataclasses.replace(run, history=run.history[:0]), data, out=tmp_path) is None
+    assert (
+        h.final_fit(dataclasses.replace(run, history=run.history[:0]), data, out=tmp_path) is None
+    )
     out = capsys.readouterr().out
     assert "not finished, so no CSV is written" in out and "no final fit" in out
-    assert (tmp_path / "submission.csv").read_bytes() == before and not (tmp_path / "simple_final.csv").exists()
+    assert (tmp_path / "submission.csv").read_bytes() == before and not (
+        tmp_path / "simple_final.csv"
+    ).exists()
 
 
-def test_stages_after_an_unfinished_one_wait_and_a_half_trained_teacher_does_not_teach(food, tmp_path, monkeypatch,
-                                                                                      capsys):
+def test_stages_after_an_unfinished_one_wait_and_a_half_trained_teacher_does_not_teach(
+    food, tmp_path, monkeypatch, capsys
+):
     data = h.find_data(food)
     monkeypatch.setattr(h, "time_is_up", lambda cfg, history, device: len(history) == 2)
-    configs = {"simple": h.STAGES["simple"], "second": dataclasses.replace(h.STAGES["simple"], exp_name="second")}
+    configs = {
+        "simple": h.STAGES["simple"],
+        "second": dataclasses.replace(h.STAGES["simple"], exp_name="second"),
+    }
     monkeypatch.setattr(h, "STAGES", configs)
     runs = h.run(data, ["simple", "second"], out=tmp_path, **SMALL)
-    assert [run.name for run in runs] == ["simple"] and "left for the next time" in capsys.readouterr().out
+    assert [run.name for run in runs] == [
+        "simple"
+    ] and "left for the next time" in capsys.readouterr().out
     with pytest.raises(h.UserError, match="half-trained one must not teach"):
         h.train_teacher(data, tmp_path, dataclasses.replace(h.TEACHER_CONFIG, **SMALL))
 
 
-# --- values ----------------------------------------------------------------------------------------------------------
+# --- values ---------------------------------------------------------------------------------------
 
 
 def test_random_arguments_give_one_sentence_and_no_run(food, tmp_path, monkeypatch, capsys):
-    """600 command lines of random words: exit code 2 and one line each, unless what is asked for is usable."""
+    """600 command lines of random words: exit code 2 and one line each, unless what is asked for is
+    usable.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(h, "run", lambda *a, **k: [])
     monkeypatch.setattr(h, "stage_table", lambda runs: h.pd.DataFrame())
     rng = random.Random(1)
-    words = ["run", "evaluate", "predict", "validate", "export-", "--data", str(food), "--demo-", "--out", "--stages",
-             "simple", "boss,boss", "--teacher", "--set", "lr=1", "lr=", "=", "lr=nan", "widths=1,2", "depths=(1,)",
-             "student=resnet50", "--fresh", "--rows", "3", "-1", "x", "", "\x00", "--length", "full", "long", "--final",
-             "csv", "--tta", "--checkpoint", str(food), "crop_scale=0.5,0.2", "n_epochs=1e9", "time_limit_h=-1", "é"]
+    words = [
+        "run",
+        "evaluate",
+        "predict",
+        "validate",
+        "export-",
+        "--data",
+        str(food),
+        "--demo-",
+        "--out",
+        "--stages",
+        "simple",
+        "boss,boss",
+        "--teacher",
+        "--set",
+        "lr=1",
+        "lr=",
+        "=",
+        "lr=nan",
+        "widths=1,2",
+        "depths=(1,)",
+        "student=resnet50",
+        "--fresh",
+        "--rows",
+        "3",
+        "-1",
+        "x",
+        "",
+        "\x00",
+        "--length",
+        "full",
+        "long",
+        "--final",
+        "csv",
+        "--tta",
+        "--checkpoint",
+        str(food),
+        "crop_scale=0.5,0.2",
+        "n_epochs=1e9",
+        "time_limit_h=-1",
+        "é",
+    ]
     refused = 0
     for _ in range(600):
         arguments = [rng.choice(words[:5])] + [rng.choice(words) for _ in range(rng.randint(0, 6))]
@@ -450,5 +579,7 @@ def test_random_arguments_give_one_sentence_and_no_run(food, tmp_path, monkeypat
         assert code in (0, 2), arguments
         if code == 2:
             refused += 1
-            assert captured.err.startswith("helpers.py: ") and captured.err.count("\n") == 1, arguments
+            assert captured.err.startswith("helpers.py: ") and captured.err.count("\n") == 1, (
+                arguments
+            )
     assert refused > 500

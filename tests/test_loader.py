@@ -1,4 +1,4 @@
-"""The two views, the drawn transform and the warp, against torchvision and against slicing."""
+"""The two stored forms, the drawn transform and the warp, against torchvision and slicing."""
 
 import math
 
@@ -29,29 +29,46 @@ def affine(*matrices):
     return torch.tensor([matrices], dtype=torch.float32)
 
 
-# --- the exact view --------------------------------------------------------------------------------------------------
+# --- the eval form -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("image_size", [40, 64, 97])
 def test_the_eval_view_equals_the_reference_transform_bit_for_bit(food, image_size):
     data = h.find_data(food)
-    loader = h.BatchLoader(h.load_data(data, "validation", "eval", image_size), BOSS, "cpu", batch_size=4)
-    reference = h.FoodDataset(data, "validation", h.reference_transform(
-        h.Config(image_size=image_size), train=False))
+    loader = h.BatchLoader(
+        h.load_data(data, "validation", "eval", image_size), BOSS, "cpu", batch_size=4
+    )
+    reference = h.FoodDataset(
+        data, "validation", h.reference_transform(h.Config(image_size=image_size), train=False)
+    )
     ours = torch.cat([batch.images for batch in loader])
     theirs = torch.stack([image for image, _ in reference])
-    assert torch.equal(loader.split.images, ((theirs * torch.tensor(h.IMAGENET_STD).view(3, 1, 1) + torch.tensor(
-        h.IMAGENET_MEAN).view(3, 1, 1)) * 255).round().byte())
+    assert torch.equal(
+        loader.split.images,
+        (
+            (
+                theirs * torch.tensor(h.IMAGENET_STD).view(3, 1, 1)
+                + torch.tensor(h.IMAGENET_MEAN).view(3, 1, 1)
+            )
+            * 255
+        )
+        .round()
+        .byte(),
+    )
     assert (ours - theirs).abs().max() < 1e-5
-    assert torch.cat([batch.labels for batch in loader]).tolist() == [label for _, label in reference]
+    assert torch.cat([batch.labels for batch in loader]).tolist() == [
+        label for _, label in reference
+    ]
 
 
-# --- the warp --------------------------------------------------------------------------------------------------------
+# --- the warp -------------------------------------------------------------------------------------
 
 
 def test_coordinates_are_those_of_affine_grid():
     matrices = torch.randn(3, 2, 3)
-    wanted = torch.nn.functional.affine_grid(matrices, (3, 1, 7, 7), align_corners=False).permute(0, 3, 1, 2)
+    wanted = torch.nn.functional.affine_grid(matrices, (3, 1, 7, 7), align_corners=False).permute(
+        0, 3, 1, 2
+    )
     assert torch.allclose(h.coordinates(matrices, 7), wanted, atol=1e-5)
 
 
@@ -70,13 +87,16 @@ def test_warp_crop_equals_slicing():
 
 
 def test_warp_on_one_image_keeps_its_shape():
-    assert h.warp(torch.zeros(1, 3, 20, 20, dtype=torch.uint8), affine([[1, 0, 0], [0, 1, 0]]), 10).shape == (
-        1, 3, 10, 10)
+    assert h.warp(
+        torch.zeros(1, 3, 20, 20, dtype=torch.uint8), affine([[1, 0, 0], [0, 1, 0]]), 10
+    ).shape == (1, 3, 10, 10)
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_the_boss_chain_equals_torchvisions_given_its_parameters(seed):
-    """Draw as sample_affine does, read the parameters back from the matrices, and apply torchvision's own functions."""
+    """Draw as sample_affine does, read the parameters back from the matrices, and apply
+    torchvision's own functions.
+    """
     source, size = smooth_picture(256, seed), 224
     cfg = h.get_config("boss")
     draw = h.sample_affine(torch.ones(1), cfg, torch.Generator().manual_seed(seed))
@@ -88,9 +108,13 @@ def test_the_boss_chain_equals_torchvisions_given_its_parameters(seed):
     wide, high = linear[0, 0].abs().item(), linear[1, 1].abs().item()
     x, y = to_source[:, 2].tolist()
     left, top = (1 + x - wide) * 128, (1 + y - high) * 128
-    # The crop with sub-pixel edges, as torchvision's resize would see it; then flip, rotate, affine: torchvision's.
-    image = source.resize((size, size), Image.Resampling.BILINEAR,
-                          box=(left, top, left + 256 * wide, top + 256 * high))
+    # The crop with sub-pixel edges, as torchvision's resize would see it; then flip, rotate,
+    # affine: torchvision's.
+    image = source.resize(
+        (size, size),
+        Image.Resampling.BILINEAR,
+        box=(left, top, left + 256 * wide, top + 256 * high),
+    )
     image = TF.hflip(image) if linear[0, 0] < 0 else image
     image = TF.vflip(image) if linear[1, 1] < 0 else image
     image = TF.rotate(pixels(image), rotate_angle, BILINEAR)
@@ -104,10 +128,16 @@ def test_the_boss_chain_equals_torchvisions_given_its_parameters(seed):
 
 
 def test_both_frames_cut_to_black():
-    """45 + 20 degrees: torchvision leaves 19 % black, one matrix over the whole picture about 1 %."""
+    """45 + 20 degrees: torchvision leaves 19 % black, one matrix over the whole picture 1 %."""
     image, size = torch.full((1, 3, 256, 256), 200, dtype=torch.uint8), 224
-    expected = TF.affine(TF.rotate(torch.full((3, size, size), 200, dtype=torch.uint8), 45, BILINEAR), 20, [0, 0], 1.0,
-                         [0.0, 0.0], BILINEAR)
+    expected = TF.affine(
+        TF.rotate(torch.full((3, size, size), 200, dtype=torch.uint8), 45, BILINEAR),
+        20,
+        [0, 0],
+        1.0,
+        [0.0, 0.0],
+        BILINEAR,
+    )
     draw = turn(45, 20)
     black = (h.warp(image, draw, size)[0, 0] < 1).float().mean()
     assert abs(black - (expected[0] < 1).float().mean()) < 0.005 and black > 0.17
@@ -116,13 +146,17 @@ def test_both_frames_cut_to_black():
 def turn(rotation, affine_angle):
     """The matrices of fixed angles, without a crop."""
     a, r = math.radians(affine_angle), math.radians(rotation)
-    undo_a = torch.tensor([[math.cos(a), math.sin(a), 0], [-math.sin(a), math.cos(a), 0], [0, 0, 1.0]])
-    undo_r = torch.tensor([[math.cos(r), -math.sin(r), 0], [math.sin(r), math.cos(r), 0], [0, 0, 1.0]])
+    undo_a = torch.tensor(
+        [[math.cos(a), math.sin(a), 0], [-math.sin(a), math.cos(a), 0], [0, 0, 1.0]]
+    )
+    undo_r = torch.tensor(
+        [[math.cos(r), -math.sin(r), 0], [math.sin(r), math.cos(r), 0], [0, 0, 1.0]]
+    )
     both = undo_r @ undo_a
     return torch.stack([both, undo_a, both])[None, :, :2]
 
 
-# --- the draw --------------------------------------------------------------------------------------------------------
+# --- the draw -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("aspect", [1.0, 1.5, 0.6, 2.6])
@@ -131,13 +165,24 @@ def test_crops_follow_torchvisions_distribution(aspect):
     width = round(height * aspect)
     image = Image.new("RGB", (width, height))
     torch.manual_seed(0)
-    theirs = torch.tensor([transforms.RandomResizedCrop.get_params(image, (0.7, 1.0), (3 / 4, 4 / 3))
-                           for _ in range(n)], dtype=torch.float64)  # top, left, height, width
-    x, y, wide, high = h.sample_crops(torch.full((n,), width / height), (0.7, 1.0), torch.Generator().manual_seed(1))
+    theirs = torch.tensor(
+        [
+            transforms.RandomResizedCrop.get_params(image, (0.7, 1.0), (3 / 4, 4 / 3))
+            for _ in range(n)
+        ],
+        dtype=torch.float64,
+    )  # top, left, height, width
+    x, y, wide, high = h.sample_crops(
+        torch.full((n,), width / height), (0.7, 1.0), torch.Generator().manual_seed(1)
+    )
     assert (wide.max() <= 1 + 1e-9) and (high.max() <= 1 + 1e-9)
     assert ((x.abs() + wide).max() <= 1 + 1e-9) and ((y.abs() + high).max() <= 1 + 1e-9)
-    ours = torch.stack([(1 + y - high) / 2 * height, (1 + x - wide) / 2 * width, high * height, wide * width], 1)
-    for column in range(4):  # Kolmogorov-Smirnov distance, forgiving torchvision's rounding to whole pixels
+    ours = torch.stack(
+        [(1 + y - high) / 2 * height, (1 + x - wide) / 2 * width, high * height, wide * width], 1
+    )
+    for column in range(
+        4
+    ):  # Kolmogorov-Smirnov distance, forgiving torchvision's rounding to whole pixels
         for value in torch.linspace(0, max(width, height), 200):
             theirs_below = (theirs[:, column] <= value).double().mean()
             assert (ours[:, column] <= value + 1).double().mean() > theirs_below - 0.04
@@ -149,9 +194,17 @@ def test_flips_and_angles_follow_the_config():
     draw = h.sample_affine(torch.ones(n), BOSS, torch.Generator().manual_seed(0))
     undo_affine = draw[:, 1]
     angles = torch.atan2(undo_affine[:, 1, 0], undo_affine[:, 0, 0]).rad2deg()
-    assert angles.abs().max() <= 30.01 and abs(angles.mean()) < 0.5 and abs(angles.std() - 60 / 12**0.5) < 0.3
-    assert abs((torch.linalg.det(draw[:, 0, :, :2]) < 0).float().mean() - 0.5) < 0.02  # one flip of two
-    plain = h.sample_affine(torch.ones(n), h.Config(crop_scale=(1, 1), hflip=0.25), torch.Generator().manual_seed(0))
+    assert (
+        angles.abs().max() <= 30.01
+        and abs(angles.mean()) < 0.5
+        and abs(angles.std() - 60 / 12**0.5) < 0.3
+    )
+    assert (
+        abs((torch.linalg.det(draw[:, 0, :, :2]) < 0).float().mean() - 0.5) < 0.02
+    )  # one flip of two
+    plain = h.sample_affine(
+        torch.ones(n), h.Config(crop_scale=(1, 1), hflip=0.25), torch.Generator().manual_seed(0)
+    )
     assert plain.shape == (n, 1, 2, 3) and abs((plain[:, 0, 0, 0] < 0).float().mean() - 0.25) < 0.02
 
 
@@ -160,12 +213,14 @@ def test_every_image_of_a_batch_gets_its_own_draw():
     assert len({tuple(m.flatten().tolist()) for m in draw[:, 0]}) == 50
 
 
-# --- the loader ------------------------------------------------------------------------------------------------------
+# --- the loader -----------------------------------------------------------------------------------
 
 
 def boss_loader(food, **settings):
     cfg = h.get_config("boss", **({"image_size": 64, "batch_size": 8} | settings))
-    return h.BatchLoader(h.load_data(h.find_data(food), "training", "whole", 64), cfg, "cpu", train=True)
+    return h.BatchLoader(
+        h.load_data(h.find_data(food), "training", "whole", 64), cfg, "cpu", train=True
+    )
 
 
 def test_an_epoch_is_a_function_of_seed_and_epoch(food):
@@ -184,10 +239,16 @@ def test_an_epoch_is_a_function_of_seed_and_epoch(food):
 def test_every_row_comes_once_with_its_own_label(food):
     loader = boss_loader(food)
     batches = list(loader)
-    assert sorted(torch.cat([b.rows for b in batches]).tolist()) == list(range(22)) and len(batches) == len(loader) == 3
+    assert (
+        sorted(torch.cat([b.rows for b in batches]).tolist()) == list(range(22))
+        and len(batches) == len(loader) == 3
+    )
     for batch in batches:
-        assert torch.equal(batch.labels, loader.split.labels[batch.rows]) and batch.share == 1.0
-        assert batch.images.shape == (len(batch.rows), 3, 64, 64) and batch.images.dtype == torch.float32
+        assert torch.equal(batch.labels, loader.split.labels[batch.rows]) and batch.weight == 1.0
+        assert (
+            batch.images.shape == (len(batch.rows), 3, 64, 64)
+            and batch.images.dtype == torch.float32
+        )
 
 
 def test_the_view_of_a_row_does_not_depend_on_its_batch(food):
@@ -210,9 +271,9 @@ def test_the_sample_transform_is_the_exact_crop_and_flips(food):
     assert 3 < flipped < 19
 
 
-def test_the_view_must_be_the_one_that_the_config_wants(food):
+def test_the_form_must_be_the_one_that_the_config_wants(food):
     data = h.find_data(food)
-    with pytest.raises(h.UserError, match="wants the whole view, not eval"):
+    with pytest.raises(h.UserError, match="wants the whole form, not eval"):
         h.BatchLoader(h.load_data(data, "training", "eval", 64), BOSS, "cpu", train=True)
 
 
@@ -236,7 +297,7 @@ def test_parts_of_several_processes_make_the_whole(food):
     assert len({len(p) for p in parts}) == 1
     for step, rows in enumerate(whole):
         assert torch.equal(torch.cat([p[step].rows for p in parts]), rows)
-        assert sum(p[step].share for p in parts) == pytest.approx(3)
+        assert sum(p[step].weight for p in parts) == pytest.approx(3)
 
 
 def test_a_last_batch_too_small_to_share_joins_the_one_before(food):

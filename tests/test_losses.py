@@ -13,8 +13,9 @@ import helpers as h
 
 def logits(seed=0, n=6):
     generator = torch.Generator().manual_seed(seed)
-    return 3 * torch.randn(n, h.NUM_CLASSES, generator=generator), 3 * torch.randn(n, h.NUM_CLASSES,
-                                                                                  generator=generator)
+    student = 3 * torch.randn(n, h.NUM_CLASSES, generator=generator)
+    teacher = 3 * torch.randn(n, h.NUM_CLASSES, generator=generator)
+    return student, teacher
 
 
 def test_loss_fn_kd_by_hand():
@@ -32,10 +33,14 @@ def test_loss_fn_kd_bounds():
     labels = torch.arange(6)
     assert h.loss_fn_kd(teacher, labels, teacher, alpha=1.0).item() == pytest.approx(0, abs=1e-4)
     assert h.loss_fn_kd(student, labels, teacher, alpha=0.0) == F.cross_entropy(student, labels)
-    assert h.loss_fn_kd(student, labels, teacher) == h.loss_fn_kd(student, labels, teacher, 0.5, 20.0)
+    assert h.loss_fn_kd(student, labels, teacher) == h.loss_fn_kd(
+        student, labels, teacher, 0.5, 20.0
+    )
     assert h.loss_fn_kd(student.half(), labels, teacher.half()).dtype == torch.float32
     soft = F.one_hot(labels, 11).float()
-    assert torch.allclose(h.loss_fn_kd(student, soft, teacher), h.loss_fn_kd(student, labels, teacher))
+    assert torch.allclose(
+        h.loss_fn_kd(student, soft, teacher), h.loss_fn_kd(student, labels, teacher)
+    )
 
 
 def test_t_squared_keeps_the_gradients_size():
@@ -51,15 +56,22 @@ def test_t_squared_keeps_the_gradients_size():
 def test_handover_is_the_published_form():
     cfg = h.STAGES["boss"]
     for p in (0.1, 0.5, 1.0):
-        assert h.loss_weights(cfg, p) == pytest.approx((10 * p**4, 10 * p**2 * (1 - p**2), 1.0))
-    assert h.loss_weights(h.STAGES["medium"], 0.3) == (0.5, 0.5, 1.0)
-    assert h.loss_weights(h.STAGES["simple"], 0.3) == (1.0, 0.0, 0.0)
+        kd, alpha, align = h.loss_weights(cfg, p)
+        assert kd * alpha == pytest.approx(10 * p**2 * (1 - p**2))
+        assert kd * (1 - alpha) == pytest.approx(10 * p**4)
+        assert align == 1.0
+    assert h.loss_weights(h.STAGES["medium"], 0.3) == (1.0, 0.5, 1.0)
 
 
 def test_alignment_is_a_weighted_smooth_l1():
-    ours, theirs = {"layer1": torch.zeros(1, 2, 1, 1)}, {"layer1": torch.tensor([0.5, 3.0]).view(1, 2, 1, 1)}
+    ours, theirs = (
+        {"layer1": torch.zeros(1, 2, 1, 1)},
+        {"layer1": torch.tensor([0.5, 3.0]).view(1, 2, 1, 1)},
+    )
     by_hand = 3 * (0.5 * 0.5**2 + (3.0 - 0.5)) / 2
-    assert h.alignment(ours, theirs, {"layer1": 3.0}, {"layer1": nn.Identity()}).item() == pytest.approx(by_hand)
+    assert h.alignment(
+        ours, theirs, {"layer1": 3.0}, {"layer1": nn.Identity()}
+    ).item() == pytest.approx(by_hand)
 
 
 def boss_loss(teacher_file, **settings):
@@ -70,37 +82,53 @@ def boss_loss(teacher_file, **settings):
 def test_distill_loss_is_the_sum_of_its_terms(teacher_file):
     loss_fn = boss_loss(teacher_file).eval()
     loss_fn.set_progress(0.5)
-    images, labels = torch.randn(3, 3, 64, 64), torch.tensor([1, 2, 3])
-    loss, student_logits, teacher_logits = loss_fn(images, labels)
-    with h.feature_hooks(loss_fn.student, loss_fn.layers) as ours, h.feature_hooks(
-            loss_fn.teacher, loss_fn.layers) as theirs:
-        loss_fn.student(images), loss_fn.teacher(images)
-    wanted = (10 / 16 * F.cross_entropy(student_logits, labels)
-              + 10 / 4 * 3 / 4 * h.loss_fn_kd(student_logits, labels, teacher_logits, 1.0, 4.0)
-              + sum(w * F.smooth_l1_loss(ours[f"layer{i}"], theirs[f"layer{i}"]) for i, w in ((1, 3), (2, 2), (3, 1))))
-    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    images = torch.randn(3, 3, 64, 64)
+    labels = torch.tensor([1, 2, 3])
+    out = loss_fn(images, labels)
+    ours = h.features_of(loss_fn.student, loss_fn.layers, images)
+    theirs = h.features_of(loss_fn.teacher, loss_fn.layers, images)
+    ce = F.cross_entropy(out.student_logits, labels)
+    kl = h.loss_fn_kd(out.student_logits, labels, out.teacher_logits, 1.0, 4.0)
+    align = 0.0
+    for layer, weight in (("layer1", 3), ("layer2", 2), ("layer3", 1)):
+        align += weight * F.smooth_l1_loss(ours[layer], theirs[layer])
+    wanted = 10 / 16 * ce + 10 / 4 * 3 / 4 * kl + align
+    assert out.loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    for name, term in (("ce", ce), ("kl", kl), ("align", align)):
+        assert out.terms[name].item() == pytest.approx(term.item(), rel=1e-5)
+        assert not out.terms[name].requires_grad
 
 
 def test_constant_schedule_equals_loss_fn_kd(teacher_file):
     cfg = h.get_config("medium", image_size=64)
     loss_fn = h.DistillLoss(cfg, h.build_student(cfg), h.load_teacher(teacher_file)).eval()
     images, labels = torch.randn(3, 3, 64, 64), torch.tensor([1, 2, 3])
-    loss, student_logits, teacher_logits = loss_fn(images, labels)
-    assert loss.item() == pytest.approx(h.loss_fn_kd(student_logits, labels, teacher_logits, 0.5, 20.0).item(),
-                                        rel=1e-5)
+    loss, _, student_logits, teacher_logits = loss_fn(images, labels)
+    assert loss.item() == pytest.approx(
+        h.loss_fn_kd(student_logits, labels, teacher_logits, 0.5, 20.0).item(), rel=1e-5
+    )
 
 
 def test_the_larger_of_two_feature_maps_is_pooled(teacher_file):
     teacher = h.load_teacher(teacher_file)
     cfg = h.get_config("boss", image_size=64, **DWPW | {"strides": (1, 1, 2)})
     loss_fn = h.DistillLoss(cfg, h.build_student(cfg), teacher)
-    large = {name: torch.randn(2, width, side, side) for name, width, side in (
-        ("layer1", 64, 16), ("layer2", 128, 16), ("layer3", 256, 8))}
-    small = {name: torch.randn(2, width, side, side) for name, width, side in (
-        ("layer1", 64, 16), ("layer2", 128, 8), ("layer3", 256, 4))}
-    pooled = {name: torch.nn.functional.avg_pool2d(x, x.shape[2] // small[name].shape[2]) for name, x in large.items()}
-    wanted = sum(w * torch.nn.functional.smooth_l1_loss(pooled[name], small[name])
-                 for name, w in zip(large, cfg.align_weights, strict=True))
+    large = {
+        name: torch.randn(2, width, side, side)
+        for name, width, side in (("layer1", 64, 16), ("layer2", 128, 16), ("layer3", 256, 8))
+    }
+    small = {
+        name: torch.randn(2, width, side, side)
+        for name, width, side in (("layer1", 64, 16), ("layer2", 128, 8), ("layer3", 256, 4))
+    }
+    pooled = {
+        name: torch.nn.functional.avg_pool2d(x, x.shape[2] // small[name].shape[2])
+        for name, x in large.items()
+    }
+    wanted = sum(
+        w * torch.nn.functional.smooth_l1_loss(pooled[name], small[name])
+        for name, w in zip(large, cfg.align_weights, strict=True)
+    )
     assert torch.allclose(h.alignment(large, small, loss_fn.layers, loss_fn.adapters), wanted)
     assert torch.allclose(h.alignment(small, large, loss_fn.layers, loss_fn.adapters), wanted)
 
@@ -110,16 +138,21 @@ def test_only_student_and_adapters_are_parameters(teacher_file):
     ids = {id(p) for p in loss_fn.parameters()}
     assert not ids & {id(p) for p in loss_fn.teacher.parameters()}
     assert {k.split(".")[0] for k in loss_fn.state_dict()} == {"student", "adapters"}
-    assert [loss_fn.adapters[f"layer{i}"].weight.shape[:2] for i in (1, 2, 3)] == [(64, 32), (128, 64), (256, 128)]
+    assert [loss_fn.adapters[f"layer{i}"].weight.shape[:2] for i in (1, 2, 3)] == [
+        (64, 32),
+        (128, 64),
+        (256, 128),
+    ]
     assert h.check_budget(loss_fn.student) < h.PARAM_LIMIT
 
 
 @pytest.mark.parametrize("widths", [(64, 128, 256), (32, 64, 128)])
 def test_the_loss_is_fp32_under_bf16_networks(teacher_file, widths):
     cfg = h.get_config("boss", image_size=64, **DWPW | {"widths": widths})
-    loss_fn = h.DistillLoss(cfg, h.build_student(cfg), h.load_teacher(teacher_file), torch.bfloat16)
+    loss_fn = h.DistillLoss(cfg, h.build_student(cfg), h.load_teacher(teacher_file))
+    loss_fn.dtype = torch.bfloat16
     loss_fn.set_progress(0.5)
-    loss, student_logits, _ = loss_fn(torch.randn(2, 3, 64, 64), torch.arange(2))
+    loss, _, student_logits, _ = loss_fn(torch.randn(2, 3, 64, 64), torch.arange(2))
     loss.backward()
     assert loss.dtype == torch.float32 and student_logits.dtype == torch.bfloat16
 
@@ -129,7 +162,10 @@ def test_train_mode_never_reaches_the_teacher(teacher_file):
     loss_fn.set_progress(0.5)
     before = h.state_checksum(loss_fn.teacher)
     loss_fn.train()(torch.randn(4, 3, 64, 64), torch.arange(4))[0].backward()
-    assert not any(m.training for m in loss_fn.teacher.modules()) and h.state_checksum(loss_fn.teacher) == before
+    assert (
+        not any(m.training for m in loss_fn.teacher.modules())
+        and h.state_checksum(loss_fn.teacher) == before
+    )
     assert all(p.grad is None for p in loss_fn.teacher.parameters())
     assert all(p.grad is not None for p in loss_fn.student.parameters())
 
@@ -139,16 +175,20 @@ def test_hooks_live_for_one_call(teacher_file):
     with pytest.raises(RuntimeError):
         loss_fn(torch.randn(1, 5, 64, 64), torch.zeros(1).long())
     loss_fn(torch.randn(2, 3, 64, 64), torch.zeros(2).long())
-    assert not any(m._forward_hooks for net in (loss_fn.student, loss_fn.teacher) for m in net.modules())
+    assert not any(
+        m._forward_hooks for net in (loss_fn.student, loss_fn.teacher) for m in net.modules()
+    )
 
 
 def test_the_teacher_does_not_run_when_nothing_needs_it(teacher_file):
     teacher = h.load_teacher(teacher_file)
     teacher.forward = lambda x: pytest.fail("the teacher ran")
     images, labels = torch.randn(2, 3, 64, 64), torch.zeros(2).long()
-    for cfg, stored in ((h.get_config("simple", image_size=64), None),
-                        (h.get_config("medium", image_size=64, alpha=0), None),
-                        (h.get_config("medium", image_size=64), torch.zeros(2, 11))):
+    for cfg, stored in (
+        (h.get_config("simple", image_size=64), None),
+        (h.get_config("medium", image_size=64, alpha=0), None),
+        (h.get_config("medium", image_size=64), torch.zeros(2, 11)),
+    ):
         h.DistillLoss(cfg, h.build_student(cfg), teacher)(images, labels, stored)
 
 
@@ -158,7 +198,7 @@ def test_a_missing_teacher_is_said():
         h.DistillLoss(cfg, h.build_student(cfg))
 
 
-# --- check_loss_fn_kd ------------------------------------------------------------------------------------------------
+# --- check_loss_fn_kd -----------------------------------------------------------------------------
 
 
 def test_check_loss_fn_kd_says_right(capsys):
@@ -182,7 +222,9 @@ def test_check_loss_fn_kd_names_each_known_mistake(capsys, hint, mistaken):
 @pytest.mark.filterwarnings("ignore:reduction")
 def test_a_known_mistake_by_hand(capsys):
     def mean(s, labels, t, alpha, temperature):
-        soft = F.kl_div((s / temperature).log_softmax(1), (t / temperature).softmax(1), reduction="mean")
+        soft = F.kl_div(
+            (s / temperature).log_softmax(1), (t / temperature).softmax(1), reduction="mean"
+        )
         return alpha * temperature**2 * soft + (1 - alpha) * F.cross_entropy(s, labels)
 
     assert not h.check_loss_fn_kd(mean)

@@ -1,4 +1,6 @@
-"""The notebook: what is committed, the whole of it run on demo data, and the one-file version for Kaggle run alone."""
+"""The notebook: what is committed, the whole of it run on demo data, and the one-file version for
+Kaggle run alone.
+"""
 
 import json
 import re
@@ -48,14 +50,22 @@ def test_every_section_ends_in_something_to_look_at():
         sections.setdefault(current, []).append(cell)
     assert [int(k) for k in sections if k] == list(range(12))
     for number in range(1, 11):
-        kinds = {kind for cell in code_cells(nbformat.v4.new_notebook(cells=sections[str(number)]))
-                 for output in cell.outputs for kind in output.get("data", {})}
+        kinds = {
+            kind
+            for cell in code_cells(nbformat.v4.new_notebook(cells=sections[str(number)]))
+            for output in cell.outputs
+            for kind in output.get("data", {})
+        }
         assert kinds & {"image/png", "text/html"}, f"section {number} shows no picture or table"
 
 
 def test_shown_code_is_never_a_copy():
     source = "\n".join(cell.source for cell in code_cells(COMMITTED))
-    assert "show_source(h.loss_fn_kd)" in source and "def " not in source and source.count("import helpers") == 1
+    assert (
+        "show_source(h.loss_fn_kd)" in source
+        and "def " not in source
+        and source.count("import helpers") == 1
+    )
 
 
 def test_the_notebook_runs_in_a_bare_folder(tmp_path):
@@ -65,14 +75,19 @@ def test_the_notebook_runs_in_a_bare_folder(tmp_path):
     assert_ran_well(notebook)
     assert h.validate_submission(tmp_path / "submission/submission_demo.csv", 44) == 44
     assert not (tmp_path / "submission/submission.csv").exists()
-    assert {p.name for p in (tmp_path / "submission/demo").iterdir() if p.is_dir()} == {"teacher", *h.STAGES}
+    assert {p.name for p in (tmp_path / "submission/demo").iterdir() if p.is_dir()} == {
+        "teacher",
+        *h.STAGES,
+    }
 
 
 def test_the_committed_kaggle_notebook_is_the_current_one(tmp_path):
     (tmp_path / "submission").mkdir()
     shutil.copy(ROOT / h.NOTEBOOK, tmp_path)
     path = h.export_notebook(tmp_path)
-    assert path.read_text() == (ROOT / h.KAGGLE_NOTEBOOK).read_text(), "run python helpers.py export"
+    assert path.read_text() == (ROOT / h.KAGGLE_NOTEBOOK).read_text(), (
+        "run python helpers.py export"
+    )
     nbformat.validate(nbformat.read(path, as_version=4))
     with pytest.raises(FileNotFoundError, match="hw13_distill.ipynb"):
         h.export_notebook(tmp_path / "submission")
@@ -84,8 +99,13 @@ def test_the_kaggle_notebook_runs_alone_on_a_mounted_input(food, teacher_file, t
     (kaggle / "working").mkdir(parents=True)
     shutil.copytree(food, kaggle / "input/competitions/ml2023spring-hw13/Food-11")
     shutil.copy(ROOT / h.KAGGLE_NOTEBOOK, kaggle / "working/notebook.ipynb")
-    notebook, _ = execute("notebook.ipynb", kaggle / "working", HW13_FAST="1", HW13_KAGGLE=str(kaggle),
-                          HW13_CACHE=str(tmp_path / "cache"))
+    notebook, _ = execute(
+        "notebook.ipynb",
+        kaggle / "working",
+        HW13_FAST="1",
+        HW13_KAGGLE=str(kaggle),
+        HW13_CACHE=str(tmp_path / "cache"),
+    )
     assert_ran_well(notebook)
     names = {p.name for p in (kaggle / "working").iterdir()}
     assert {"helpers.py", "submission.csv", *(f"{stage}.csv" for stage in h.STAGES)} <= names
@@ -93,13 +113,31 @@ def test_the_kaggle_notebook_runs_alone_on_a_mounted_input(food, teacher_file, t
 
 
 def test_the_metadata_for_kaggle_names_the_notebook_and_the_competition():
-    """Keys as documented for `kaggle kernels push`; the slug of the id is the title in lower case with dashes."""
+    """Keys as documented for `kaggle kernels push`; the slug of the id is the title in lower case
+    with dashes.
+    """
     path = (ROOT / h.KAGGLE_NOTEBOOK).with_name("kernel-metadata.json")
     meta = json.loads(path.read_text())
-    assert meta.keys() == {"id", "title", "code_file", "language", "kernel_type", "is_private", "enable_gpu",
-                           "enable_internet", "dataset_sources", "competition_sources", "kernel_sources",
-                           "model_sources"}
+    assert meta.keys() == {
+        "id",
+        "title",
+        "code_file",
+        "language",
+        "kernel_type",
+        "is_private",
+        "enable_gpu",
+        "enable_internet",
+        "dataset_sources",
+        "competition_sources",
+        "kernel_sources",
+        "model_sources",
+    }
     assert path.with_name(meta["code_file"]).samefile(ROOT / h.KAGGLE_NOTEBOOK)
     assert meta["competition_sources"] == [h.COMPETITION] and meta["id"].split("/")[1] == "-".join(
-        meta["title"].lower().split())
-    assert (meta["enable_gpu"], meta["enable_internet"], meta["kernel_type"]) == ("true", "false", "notebook")
+        meta["title"].lower().split()
+    )
+    assert (meta["enable_gpu"], meta["enable_internet"], meta["kernel_type"]) == (
+        "true",
+        "false",
+        "notebook",
+    )

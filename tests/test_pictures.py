@@ -8,51 +8,86 @@ import pandas as pd
 import pytest
 import torch
 from matplotlib.figure import Figure
+from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock
 
 import helpers as h
 
+BOSS = h.get_config("boss", image_size=64)
+
+
+def a_run(folder, origin, student):
+    """A Run of two epochs."""
+    history = {
+        "epoch": [1, 2],
+        "train_loss": [2.0, 1.0],
+        "valid_acc": [0.1, 0.4],
+        "seconds": [1.0, 1.0],
+    }
+    return h.Run(
+        cfg=h.STAGES["boss"],
+        folder=folder,
+        origin=origin,
+        history=pd.DataFrame(history),
+        n_params=58_235,
+        macs=10**8,
+        valid_acc=0.4,
+        n_valid=11,
+        csv=folder / "boss.csv",
+        net=student,
+        facts={},
+    )
+
 
 @pytest.fixture
-def pictures(food):
+def figures(food):
+    """{name: Figure}: one of each kind."""
     data = h.find_data(food)
+    origin = data.origin
     split = h.load_data(data, "validation", "eval", 64)
     whole = h.load_data(data, "training", "whole", 64)
+    loader = h.BatchLoader(whole, BOSS, "cpu", train=True)
+    labels = split.labels
     classes = torch.arange(11).roll(3)
-    history = pd.DataFrame({"epoch": [1, 2], "train_loss": [2.0, 1.0], "valid_acc": [0.1, 0.4], "seconds": [1.0, 1.0]})
-    run = h.Run(h.STAGES["boss"], food, data.origin, history, 58_235, 10**8, 0.4, 11, food / "boss.csv")
-    logits, student, teacher = torch.randn(11), h.build_student(h.STAGES["boss"]), h.build_student(h.TEACHER_CONFIG)
+    student = h.build_student(h.STAGES["boss"])
+    nets = {"teacher": h.build_student(h.TEACHER_CONFIG), "boss": student}
+    run = a_run(food, origin, student)
+    parts = {"a": {"wait": 10.0, "train": 1.0}, "b": {"wait": 0.0, "train": 1.0}}
+    lines = pd.DataFrame({"a": [1, 2], "b": [3, 4]}, [0.1, 1.0])
+    images = torch.randn(2, 3, 64, 64)
+    logits = {"teacher": torch.randn(11, 11)}
     return {
-        "samples": lambda: h.plot_samples(split),
-        "views": lambda: h.plot_views(h.BatchLoader(whole, h.get_config("boss", image_size=64), "cpu", train=True)),
-        "epoch parts": lambda: h.plot_epoch_parts({"a": {"wait": 10.0, "train": 1.0}, "b": {"wait": 0.0, "train": 1.0}},
-                                                  data.origin),
-        "lines": lambda: h.plot_lines(pd.DataFrame({"a": [1, 2], "b": [3, 4]}, [0.1, 1.0]), data.origin, "y",
-                                      xscale="log"),
-        "attention": lambda: h.plot_attention(torch.randn(2, 3, 64, 64), {"teacher": teacher, "boss": student},
-                                              "layer2", data.origin),
-        "soft labels": lambda: h.plot_soft_labels(logits, split.images[0], (1, 4, 20), data.origin),
-        "history": lambda: h.plot_history([run], h.PUBLISHED_SCORES),
-        "confusion": lambda: h.plot_confusion(split.labels, classes, data.origin),
-        "calibration": lambda: h.plot_calibration(split.labels, {"teacher": torch.randn(11, 11)}, data.origin),
-        "mistakes": lambda: h.plot_mistakes(split, classes),
-        "no mistakes": lambda: h.plot_mistakes(split, split.labels),
-        "mistakes that the teacher gets right": lambda: h.plot_mistakes(split, classes, split.labels),
+        "samples": h.plot_samples(split),
+        "views": h.plot_views(loader),
+        "epoch parts": h.plot_epoch_parts(parts, origin),
+        "lines": h.plot_lines(lines, origin, "y", xscale="log"),
+        "attention": h.plot_attention(images, nets, "layer2", origin),
+        "soft labels": h.plot_soft_labels(torch.randn(11), split.images[0], (1, 4, 20), origin),
+        "history": h.plot_history([run], h.PUBLISHED_SCORES),
+        "confusion": h.plot_confusion(labels, classes, origin),
+        "calibration": h.plot_calibration(labels, logits, origin),
+        "mistakes": h.plot_mistakes(split, classes),
+        "no mistakes": h.plot_mistakes(split, labels),
+        "mistakes that the teacher gets right": h.plot_mistakes(split, classes, labels),
     }
 
 
-def test_each_picture_is_a_figure_that_names_its_data_also_to_who_cannot_see_it(pictures):
-    for name, draw in pictures.items():
-        figure = draw()
-        assert isinstance(figure, Figure) and "own photographs" in figure.get_suptitle(), name
+def test_each_picture_is_a_figure_that_names_its_data_also_to_who_cannot_see_it(figures):
+    for name, figure in figures.items():
+        assert isinstance(figure, Figure), name
+        assert "own photographs" in figure.get_suptitle(), name
         alt = re.match('<img alt="([^"]+)" [^>]+base64,[^"]{999}', figure._repr_html_())
-        assert alt and "own photographs" in alt[1], name
+        assert alt, name
+        assert "own photographs" in alt[1], name
     assert plt.get_fignums() == []
 
 
 def test_confusion_matrix_counts():
-    counts = h.confusion_matrix(torch.tensor([0, 0, 1, 10]), torch.tensor([0, 1, 1, 3]))
-    assert counts.sum() == 4 and counts[0, 0] == counts[0, 1] == counts[1, 1] == counts[10, 3] == 1
+    labels = torch.tensor([0, 0, 1, 10])
+    classes = torch.tensor([0, 1, 1, 3])
+    counts = h.confusion_matrix(labels, classes)
+    assert counts.sum() == 4
+    assert counts[0, 0] == counts[0, 1] == counts[1, 1] == counts[10, 3] == 1
 
 
 def test_dwpw_arithmetic():
@@ -64,29 +99,40 @@ def test_dwpw_arithmetic():
 
 def test_accuracy_table():
     labels = torch.tensor([0, 1, 2, 3])
-    table = h.accuracy_table(labels, {"all": labels, "half": torch.tensor([0, 1, 0, 0])}, "x")
-    assert table["accuracy"].tolist() == [1.0, 0.5] and table["+- s.e."].tolist() == [0.0, 0.25]
+    half_right = torch.tensor([0, 1, 0, 0])
+    table = h.accuracy_table(labels, {"all": labels, "half": half_right}, "x")
+    assert table["accuracy"].tolist() == [1.0, 0.5]
+    assert table["+- s.e."].tolist() == [0.0, 0.25]
 
 
 def test_mistakes_of_the_student_that_the_teacher_gets_right(food):
+    """The student says 3 to all; the teacher is right about the labels 0 to 5."""
     split = h.load_data(h.find_data(food), "validation", "eval", 64)
-    classes, teacher = torch.full((11,), 3), torch.where(split.labels < 6, split.labels, 0)
-    title = h.plot_mistakes(split, classes, teacher).get_suptitle()
-    assert title.startswith("5 mistakes of the student that the teacher gets right")  # labels 0 to 5, but not 3
+    student = torch.full((11,), 3)
+    teacher = torch.where(split.labels < 6, split.labels, 0)
+    title = h.plot_mistakes(split, student, teacher).get_suptitle()
+    # The labels 0 to 5, but not 3.
+    assert title.startswith("5 mistakes of the student that the teacher gets right")
 
 
 def test_calibration_error_by_hand():
-    """Two images at confidence 0.9, one of them right; two at 0.6, both right: (|0.5 - 0.9| + |1 - 0.6|) / 2."""
-    def logits(confidence):
-        return torch.tensor([confidence] + [(1 - confidence) / 10] * 10).log()
+    """Two images at confidence 0.9, one of them right; two at 0.6, both right.
 
-    z, labels = torch.stack([logits(c) for c in (0.9, 0.9, 0.6, 0.6)]), torch.tensor([0, 1, 0, 0])
-    legend = h.plot_calibration(labels, {"net": z}, "x").axes[0].get_legend()
+    The error is (|0.5 - 0.9| + |1 - 0.6|) / 2.
+    """
+    rows = []
+    for confidence in (0.9, 0.9, 0.6, 0.6):
+        probabilities = [confidence] + [(1 - confidence) / 10] * 10
+        rows.append(torch.tensor(probabilities).log())
+    labels = torch.tensor([0, 1, 0, 0])
+    figure = h.plot_calibration(labels, {"net": torch.stack(rows)}, "x")
+    legend = figure.axes[0].get_legend()
     assert legend.get_texts()[0].get_text() == "net: ECE 0.400"
 
 
 def test_attention_map_is_the_mean_square_over_channels():
-    model, images = h.build_student(h.STAGES["boss"]).eval(), torch.randn(2, 3, 64, 64)
+    model = h.build_student(h.STAGES["boss"]).eval()
+    images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         wanted = model.layer1(model.stem(images)).square().mean(1)
     assert torch.allclose(h.attention_map(model, images, "layer1"), wanted, atol=1e-6)
@@ -94,6 +140,7 @@ def test_attention_map_is_the_mean_square_over_channels():
 
 def test_epoch_parts_tell_waiting_from_training(tiny):
     """A loader that sleeps 0.2 s a batch of 4 keeps an epoch of 8 images waiting for 0.4 s."""
+
     class Sleepy:
         dataset = range(8)
 
@@ -103,24 +150,38 @@ def test_epoch_parts_tell_waiting_from_training(tiny):
                 yield torch.randn(4, 3, 64, 64), torch.arange(4)
 
     parts = h.epoch_parts(h.get_config("boss", **tiny), Sleepy(), torch.device("cpu"))
-    assert 0.4 <= parts["waiting for pictures"] < 4 and parts["training on them"] > 0
+    assert 0.4 <= parts["waiting for pictures"] < 4
+    assert parts["training on them"] > 0
 
 
 def test_gradient_sizes_by_hand():
-    """The gradient of KL at T is (p_student - p_teacher) / T, that of CE p_student - onehot, both per picture."""
-    student, teacher, labels = torch.randn(5, 11), torch.randn(5, 11), torch.arange(5)
+    """The gradient of KL at T is (p_student - p_teacher) / T, that of CE p_student - onehot.
+
+    Both are per picture.
+    """
+    student = torch.randn(5, 11)
+    teacher = torch.randn(5, 11)
+    labels = torch.arange(5)
     table = h.gradient_sizes(student, labels, teacher, (1, 4))
-    apart = h.soft_labels(student, 4) - h.soft_labels(teacher, 4)
-    assert table.loc[4, "KL"] == pytest.approx((apart / 4).norm(dim=1).mean().item(), rel=1e-4)
+
+    soft = (h.soft_labels(student, 4) - h.soft_labels(teacher, 4)) / 4
+    soft_norm = soft.norm(dim=1).mean().item()
+    assert table.loc[4, "KL"] == pytest.approx(soft_norm, rel=1e-4)
     assert table.loc[4, "T^2 KL"] == pytest.approx(16 * table.loc[4, "KL"])
-    hard = h.soft_labels(student, 1) - torch.nn.functional.one_hot(labels, 11)
-    assert table["CE"].tolist() == pytest.approx([hard.norm(dim=1).mean().item()] * 2, rel=1e-4)
+
+    hard = h.soft_labels(student, 1) - F.one_hot(labels, 11)
+    hard_norm = hard.norm(dim=1).mean().item()
+    assert table["CE"].tolist() == pytest.approx([hard_norm, hard_norm], rel=1e-4)
 
 
 @pytest.fixture
 def resnet():
     torch.manual_seed(0)
     return h.freeze(h.build_student(h.TEACHER_CONFIG))
+
+
+def count_parameters(model):
+    return sum(p.numel() for p in model.parameters())
 
 
 def test_unstructured_pruning_takes_the_smallest_weights_of_each_convolution(resnet):
@@ -134,21 +195,34 @@ def test_unstructured_pruning_takes_the_smallest_weights_of_each_convolution(res
 
 
 def test_structured_pruning_is_the_net_without_its_weakest_inner_channels(resnet):
-    """The same net with the other channels' weights into the second convolution set to zero answers the same."""
-    pruned, images = h.prune_structured(resnet, 0.5), torch.randn(2, 3, 64, 64)
-    for block in (m for m in resnet.modules() if isinstance(m, BasicBlock)):
-        norms = block.conv1.weight.abs().sum((1, 2, 3))
-        block.conv2.weight[:, norms.argsort()[:len(norms) // 2]] = 0
+    """The net answers the same as one whose second convolutions ignore the other channels."""
+    pruned = h.prune_structured(resnet, 0.5)
+    images = torch.randn(2, 3, 64, 64)
+    for block in resnet.modules():
+        if isinstance(block, BasicBlock):
+            norms = block.conv1.weight.abs().sum((1, 2, 3))
+            weakest = norms.argsort()[: len(norms) // 2]
+            block.conv2.weight[:, weakest] = 0
     assert torch.allclose(pruned(images), resnet(images), atol=1e-4)
-    count = sum(p.numel() for p in pruned.parameters()) / sum(p.numel() for p in resnet.parameters())
-    assert 0.5 < count < 0.6 and pruned.layer1[0].conv1.weight.shape[0] == 32
+    assert 0.5 < count_parameters(pruned) / count_parameters(resnet) < 0.6
+    assert pruned.layer1[0].conv1.weight.shape[0] == 32
 
 
-def test_the_report_tables(food, teacher_file, tiny):
-    data, device = h.find_data(food), torch.device("cpu")
-    cfg, teacher = h.get_config("medium", **tiny), h.load_teacher(teacher_file)
-    table = h.temperature_table(cfg, (1, 4), data, teacher, device, n_epochs=1)
-    assert table.index.tolist() == [1, 4] and table["accuracy"].between(0, 1).all()
-    pruned = h.pruning_table(teacher, h.build_loaders(cfg, data, device)[1], (0.0, 0.9))
-    assert pruned["weights (M)"].loc[0.0].round(1).tolist() == [11.2, 11.2]
-    assert pruned["accuracy"].loc[0.0].nunique() == 1 and (pruned["weights (M)"].loc[0.9] < 3).all()
+def test_temperature_table(food, teacher_file, tiny):
+    data = h.find_data(food)
+    cfg = h.get_config("medium", **tiny)
+    teacher = h.load_teacher(teacher_file)
+    table = h.temperature_table(cfg, (1, 4), data, teacher, torch.device("cpu"), n_epochs=1)
+    assert table.index.tolist() == [1, 4]
+    assert table["accuracy"].between(0, 1).all()
+
+
+def test_pruning_table(food, teacher_file, tiny):
+    cfg = h.get_config("medium", **tiny)
+    teacher = h.load_teacher(teacher_file)
+    _, valid_loader = h.build_loaders(cfg, h.find_data(food), torch.device("cpu"))
+    table = h.pruning_table(teacher, valid_loader, (0.0, 0.9))
+    assert table.index.name == "pruning ratio"
+    assert table["weights (M)"].loc[0.0].round(1).tolist() == [11.2, 11.2]
+    assert table["accuracy"].loc[0.0].nunique() == 1
+    assert (table["weights (M)"].loc[0.9] < 3).all()

@@ -1,4 +1,6 @@
-"""The ring's candidates (tests/bench/recipes.py): nets that can be built, folded nets that answer alike, losses."""
+"""The ring's candidates (tests/bench/recipes.py): nets that can be built, folded nets that answer
+alike, losses.
+"""
 
 import sys
 
@@ -29,12 +31,15 @@ def teacher():
 def test_every_net_answers_and_all_but_the_published_one_are_legal(name, teacher):
     net = r.RECIPES[name].net(r.RECIPES[name].cfg, teacher)
     assert net.train()(torch.randn(2, 3, 64, 64)).shape == (2, 11)
-    assert h.check_budget(r.deployed(net), 99_891 if name == "published_boss" else h.PARAM_LIMIT) > 40_000
+    assert (
+        h.check_budget(r.deployed(net), 99_891 if name == "published_boss" else h.PARAM_LIMIT)
+        > 40_000
+    )
 
 
 @pytest.mark.parametrize("kernel", [3, 5])
 def test_a_folded_net_answers_like_its_branches(kernel):
-    """With weights and statistics that are not the fresh ones, for which a wrong fold could pass."""
+    """With weights and statistics that are not fresh, for which a wrong fold could pass."""
     net = r.Spec(((24, 2, 2), (32, 2, 1)), kernel=kernel, rep=True).build()
     with torch.no_grad():
         for module in net.modules():
@@ -70,54 +75,86 @@ def test_candidate_losses_vanish_where_the_answers_agree_in_their_sense():
     assert r.standardised_kd(3 * teacher + 2, labels, teacher, 1.0, 2.0).abs() < 1e-4
     assert r.standardised_kd(other, labels, teacher, 1.0, 2.0) > 0.1
     assert r.dist_kd(teacher + 5, labels, teacher, 1.0, 2.0).abs() < 1e-4
-    paler = (0.5 * teacher.softmax(1) + 0.5 / 11).log()  # every correlation is one, and the KL divergence is not zero
-    assert r.dist_kd(paler, labels, teacher, 1.0, 1.0).abs() < 1e-4 < h.loss_fn_kd(paler, labels, teacher, 1.0, 1.0)
+    paler = (
+        0.5 * teacher.softmax(1) + 0.5 / 11
+    ).log()  # every correlation is one, and the KL divergence is not zero
+    assert (
+        r.dist_kd(paler, labels, teacher, 1.0, 1.0).abs()
+        < 1e-4
+        < h.loss_fn_kd(paler, labels, teacher, 1.0, 1.0)
+    )
     for student, temperature in ((other, 2.0), (3 * teacher, 1.0)):
         assert r.dist_kd(student, labels, teacher, 1.0, temperature) > 0.01
 
 
-def test_a_projector_into_the_teachers_classifier_folds_into_one_layer_and_leaves_the_teachers_own_alone(teacher):
+def test_a_projector_into_the_teachers_classifier_folds_and_leaves_the_teachers_own_alone(teacher):
     cfg = h.STAGES["beyond"]
     net, images = r.projected_net(cfg, teacher), torch.randn(3, 3, 64, 64)
     loss_fn = r.ProjectorLoss(cfg, net, teacher)
     plain = h.DistillLoss(cfg, net, teacher)
-    loss, *_ = loss_fn(images, torch.arange(3))
-    assert loss > plain(images, torch.arange(3))[0] + 0.01  # the distance of the features
+    loss = loss_fn(images, torch.arange(3)).loss
+    assert loss > plain(images, torch.arange(3)).loss + 0.01  # the distance of the features
     loss.backward()
     assert net.fc[0].weight.grad is not None and net.fc[1].weight.grad is None
     assert torch.equal(net.fc[1].weight, teacher.fc.weight)
     folded = r.deployed(net.eval())
-    assert torch.allclose(folded(images), net(images), atol=1e-5) and isinstance(folded.fc, torch.nn.Linear)
+    assert torch.allclose(folded(images), net(images), atol=1e-5) and isinstance(
+        folded.fc, torch.nn.Linear
+    )
 
 
 def test_changed_views_are_each_pictures_own_and_the_same_again_in_the_same_epoch(teacher):
     number = torch.arange(1.0, 17)  # a picture's own grey, which its own label stands for
-    images, labels, own = torch.ones(16, 3, 64, 64) * number[:, None, None, None], torch.arange(16) % 11, torch.eye(16)
+    images = torch.ones(16, 3, 64, 64) * number[:, None, None, None]
+    labels = torch.arange(16) % 11
+    own = torch.eye(16)
     rngs = [np.random.default_rng(1) for _ in range(3)]
-    blended, shares = r.mixed(images, own, rngs[0])
-    assert (shares.max(1).values < 0.9).any() and torch.allclose(shares.sum(1), torch.ones(16))
-    assert torch.allclose(blended, (shares @ number)[:, None, None, None].expand_as(blended))
+    blended, mixed_labels = r.mixed(images, own, rngs[0])
+    assert (mixed_labels.max(1).values < 0.9).any() and torch.allclose(
+        mixed_labels.sum(1), torch.ones(16)
+    )
+    assert torch.allclose(blended, (mixed_labels @ number)[:, None, None, None].expand_as(blended))
     colours = images + torch.tensor([-1.0, 0.0, 1.0])[:, None, None]
     shifted, same = r.coloured(colours, own, rngs[1])
     apart, grey = (shifted[:, 2] - shifted[:, 0])[:, 0, 0] / 2, shifted.mean((1, 2, 3))
-    assert same is own and 0.3 < apart.min() < apart.max() < 2 and len(apart.unique()) == len(grey.unique()) == 16
+    assert (
+        same is own
+        and 0.3 < apart.min() < apart.max() < 2
+        and len(apart.unique()) == len(grey.unique()) == 16
+    )
     holes, same = r.erased(images, own, rngs[2])
     area = (holes == 0).float().mean((1, 2, 3))
     assert 0 < (area > 0).sum() < 16 and area.max() <= 0.26 and same is own
     assert torch.equal(holes[holes != 0], images[holes != 0])
-    loss_fn = r.ChangedViews(r.mixed, h.STAGES["beyond"], h.build_student(h.STAGES["beyond"]), teacher)
+    loss_fn = r.ChangedViews(
+        r.mixed, h.STAGES["beyond"], h.build_student(h.STAGES["beyond"]), teacher
+    )
     answers = []
     for progress in (0.5, 0.5, 0.6):
         loss_fn.set_progress(progress)
-        answers.append(loss_fn(images, labels)[2])
+        answers.append(loss_fn(images, labels).teacher_logits)
     assert torch.equal(answers[0], answers[1]) and not torch.allclose(answers[0], answers[2])
 
 
 def test_the_ring_trains_stores_tabulates_and_predicts(food, teacher_file, tmp_path, capsys):
     """Two recipes with other losses and a folded net, end to end: one row each, trained once."""
     names, results = ["beyond_projector", "beyond_erase"], tmp_path / "results"
-    budget = ["--epochs", "1", "--size", "64", "--teacher-size", "80", "--data", str(food), "--results", str(results),
-              "--work", str(tmp_path / "work"), "--against", names[0]]
+    budget = [
+        "--epochs",
+        "1",
+        "--size",
+        "64",
+        "--teacher-size",
+        "80",
+        "--data",
+        str(food),
+        "--results",
+        str(results),
+        "--work",
+        str(tmp_path / "work"),
+        "--against",
+        names[0],
+    ]
     r.main(names + budget)
     r.main(names + budget)
     assert capsys.readouterr().out.count("is stored already") == 2

@@ -1,4 +1,4 @@
-"""Configuration, the command line's KEY=VALUE, files written whole, and files that are not trusted."""
+"""Configuration, the command line's KEY=VALUE, files written whole, files that are not trusted."""
 
 import dataclasses
 import pickle
@@ -12,9 +12,24 @@ import helpers as h
 
 def test_published_values_of_the_stages():
     simple, medium, boss = (h.STAGES[name] for name in ("simple", "medium", "boss"))
-    assert (simple.n_epochs, simple.loss_fn_type, simple.batch_size, simple.lr) == (10, "CE", 64, 3e-4)
-    assert (simple.seed, simple.weight_decay, simple.grad_norm_max, simple.patience) == (20220013, 1e-5, 10, 300)
-    assert (medium.loss_fn_type, medium.alpha, medium.temperature, medium.n_epochs) == ("KD", 0.5, 20.0, 700)
+    assert (simple.n_epochs, simple.loss_fn_type, simple.batch_size, simple.lr) == (
+        10,
+        "CE",
+        64,
+        3e-4,
+    )
+    assert (simple.seed, simple.weight_decay, simple.grad_norm_max, simple.patience) == (
+        20220013,
+        1e-5,
+        10,
+        300,
+    )
+    assert (medium.loss_fn_type, medium.alpha, medium.temperature, medium.n_epochs) == (
+        "KD",
+        0.5,
+        20.0,
+        700,
+    )
     assert boss.n_epochs == 600 and boss.crop_scale == (0.7, 1.0)
     assert (boss.hflip, boss.vflip, boss.rotation, boss.affine) == (0.5, 0.5, 180, 30)
     assert boss.align_weights == (3, 2, 1) and boss.loss_schedule == "handover"
@@ -31,19 +46,23 @@ def test_get_config_overrides_and_refuses_unknown_names(monkeypatch):
         h.get_config("bos")
 
 
-@pytest.mark.parametrize(("length", "simple", "boss"), [("full", 10, 600), ("lesson", 10, 60), ("quick", 4, 6)])
-def test_length_scales_the_epochs(monkeypatch, length, simple, boss):
-    monkeypatch.delenv("HW13_FAST")
+@pytest.mark.parametrize(
+    ("length", "simple", "boss"), [("full", 10, 600), ("lesson", 10, 60), ("quick", 4, 6)]
+)
+def test_length_scales_the_epochs(length, simple, boss):
     assert h.get_config("simple", length).n_epochs == simple
     assert h.get_config("boss", length).n_epochs == boss
 
 
-def test_fast_wins_over_length():
-    assert h.get_config("boss", "full").n_epochs == 1
-
-
-def test_unknown_length_is_named(monkeypatch):
+def test_the_variable_for_tests_shortens_a_run_and_says_so(monkeypatch, capsys):
+    assert h.chosen_length("lesson") == "fast"
+    assert "HW13_FAST is set" in capsys.readouterr().out
+    assert h.get_config("boss", "fast").n_epochs == 1
     monkeypatch.delenv("HW13_FAST")
+    assert h.chosen_length("lesson") == "lesson" and h.chosen_length() == "full"
+
+
+def test_unknown_length_is_named():
     with pytest.raises(h.UserError, match="full, lesson, quick"):
         h.get_config("boss", "long")
 
@@ -56,25 +75,51 @@ def test_diff_configs_prints_only_what_changes(capsys):
     assert capsys.readouterr().out == "no difference\n"
 
 
-@pytest.mark.parametrize(("key", "value"), [
-    ("image_size", 39), ("image_size", 513), ("image_size", 64.5), ("image_size", 64.0), ("image_size", True),
-    ("lr", float("nan")), ("lr", -1.0), ("lr", "fast"), ("alpha", 1.1), ("temperature", 0),
-    ("loss_fn_type", "kd"), ("student", 18),
-    ("widths", (64, "a")), ("widths", 64), ("crop_scale", (0.9, 0.1)), ("crop_scale", (0.5,)), ("kernel_size", 4),
-    ("exp_name", "../up"), ("exp_name", ""), ("batch_size", 1), ("n_epochs", 0), ("amp", None), ("optimizer", "lion"),
-])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("image_size", 39),
+        ("image_size", 513),
+        ("image_size", 64.5),
+        ("image_size", 64.0),
+        ("image_size", True),
+        ("lr", float("nan")),
+        ("lr", -1.0),
+        ("lr", "fast"),
+        ("alpha", 1.1),
+        ("temperature", 0),
+        ("loss_fn_type", "kd"),
+        ("student", 18),
+        ("widths", (64, "a")),
+        ("widths", 64),
+        ("crop_scale", (0.9, 0.1)),
+        ("crop_scale", (0.5,)),
+        ("kernel_size", 4),
+        ("exp_name", "../up"),
+        ("exp_name", ""),
+        ("batch_size", 1),
+        ("n_epochs", 0),
+        ("amp", None),
+        ("optimizer", "lion"),
+    ],
+)
 def test_a_wrong_value_names_key_value_and_what_is_allowed(key, value):
     with pytest.raises(h.UserError, match=rf"{key}=.*allowed") as error:
         h.Config(**{key: value})
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("settings", [
-    {"widths": (8, 8)}, {"align_weights": (1, 1, 1)}, {"align_weights": (1, 1, 1, 1), "loss_fn_type": "KD",
-                                                       "student": "dwpw"},
-    {"rotation": 10.0}, {"vflip": 0.5},
-    {"teacher_views": 2, "align_weights": (1,), "loss_fn_type": "KD", "student": "dwpw"},
-])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"widths": (8, 8)},
+        {"align_weights": (1, 1, 1)},
+        {"align_weights": (1, 1, 1, 1), "loss_fn_type": "KD", "student": "dwpw"},
+        {"rotation": 10.0},
+        {"vflip": 0.5},
+        {"teacher_views": 2, "align_weights": (1,), "loss_fn_type": "KD", "student": "dwpw"},
+    ],
+)
 def test_settings_that_do_not_go_together(settings):
     with pytest.raises(h.UserError, match="allowed"):
         h.Config(**settings)
@@ -82,8 +127,34 @@ def test_settings_that_do_not_go_together(settings):
 
 def test_random_values_give_one_sentence_or_a_usable_config():
     rng = random.Random(0)
-    values = [None, True, -1, 0, 1, 7, 2**40, -0.5, 0.3, 1e9, float("inf"), "", "CE", "x" * 100, (), (1,), (0.5, 0.2),
-              (1, 2, 3), [64, 64, 64], {}, object(), b"1", ("a",), float("nan"), (None, None), (True, 1)]
+    values = [
+        None,
+        True,
+        -1,
+        0,
+        1,
+        7,
+        2**40,
+        -0.5,
+        0.3,
+        1e9,
+        float("inf"),
+        "",
+        "CE",
+        "x" * 100,
+        (),
+        (1,),
+        (0.5, 0.2),
+        (1, 2, 3),
+        [64, 64, 64],
+        {},
+        object(),
+        b"1",
+        ("a",),
+        float("nan"),
+        (None, None),
+        (True, 1),
+    ]
     fields = [f.name for f in dataclasses.fields(h.Config)]
     refused = 0
     for _ in range(3000):
@@ -99,17 +170,27 @@ def test_random_values_give_one_sentence_or_a_usable_config():
     assert refused > 1000
 
 
-@pytest.mark.parametrize(("text", "value"), [
-    ("n_epochs=2", ("n_epochs", 2)), ("lr = 1e-3", ("lr", 1e-3)), ("widths=8,16,32", ("widths", (8, 16, 32))),
-    ("crop_scale=(0.5,1)", ("crop_scale", (0.5, 1.0))), ("crop_scale=()", ("crop_scale", ())),
-    ("optimizer=sgd", ("optimizer", "sgd")), ("alpha=1", ("alpha", 1.0)), ("exp_name=7", ("exp_name", "7")),
-    ("widths=64", ("widths", (64,))),
-])
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("n_epochs=2", ("n_epochs", 2)),
+        ("lr = 1e-3", ("lr", 1e-3)),
+        ("widths=8,16,32", ("widths", (8, 16, 32))),
+        ("crop_scale=(0.5,1)", ("crop_scale", (0.5, 1.0))),
+        ("crop_scale=()", ("crop_scale", ())),
+        ("optimizer=sgd", ("optimizer", "sgd")),
+        ("alpha=1", ("alpha", 1.0)),
+        ("exp_name=7", ("exp_name", "7")),
+        ("widths=64", ("widths", (64,))),
+    ],
+)
 def test_parse_setting(text, value):
     assert h.parse_setting(text) == value
 
 
-@pytest.mark.parametrize("text", ["n_epochs", "epochs=2", "n_epochs=two", "n_epochs=2.5", "=3", "lr=", "lr=__import__"])
+@pytest.mark.parametrize(
+    "text", ["n_epochs", "epochs=2", "n_epochs=two", "n_epochs=2.5", "=3", "lr=", "lr=__import__"]
+)
 def test_parse_setting_refuses(text):
     with pytest.raises(h.UserError):
         h.parse_setting(text)

@@ -28,11 +28,19 @@ def test_the_plain_dwpw_net_sits_at_the_teachers_feature_sizes():
     assert h.check_budget(net) == 58_235
     layers = ("layer1", "layer2", "layer3")
     ours, theirs = (feature_shapes(m, layers, 224) for m in (net, teacher))
-    assert ours == {"layer1": (64, 56, 56), "layer2": (128, 28, 28), "layer3": (256, 14, 14)} == theirs
+    assert (
+        ours == {"layer1": (64, 56, 56), "layer2": (128, 28, 28), "layer3": (256, 14, 14)} == theirs
+    )
 
 
 def test_the_published_boss_breaks_the_limit():
-    cfg = h.Config(student="dwpw", stem_width=64, widths=(64, 128, 256, 140), depths=(1,) * 4, strides=(1, 2, 2, 2))
+    cfg = h.Config(
+        student="dwpw",
+        stem_width=64,
+        widths=(64, 128, 256, 140),
+        depths=(1,) * 4,
+        strides=(1, 2, 2, 2),
+    )
     net = h.build_student(cfg)
     assert sum(p.numel() for p in net.parameters()) == 99_891
     with pytest.raises(ValueError, match="99,891 parameters; the homework allows 60,000"):
@@ -40,25 +48,34 @@ def test_the_published_boss_breaks_the_limit():
 
 
 def test_a_builder_of_ones_own_is_found_by_its_name(monkeypatch):
-    monkeypatch.setitem(h.STUDENTS, "mine", lambda cfg: nn.Linear(cfg.stem_width, 11))
+    monkeypatch.setitem(h.NETS, "mine", lambda cfg: nn.Linear(cfg.stem_width, 11))
     assert h.build_student(h.get_config("boss", student="mine")).in_features == 16
     assert h.parse_setting("student=mine") == ("student", "mine")
-    with pytest.raises(h.UserError, match="student='yours': allowed is one of sample, dwpw, ir, .*mine"):
+    with pytest.raises(
+        h.UserError, match="student='yours': allowed is one of sample, dwpw, ir, .*mine"
+    ):
         h.build_student(h.Config(student="yours"))
 
 
 def test_dwpw_conv_is_the_courses_block():
     block = h.dwpw_conv(8, 16)
     assert [type(m) for m in block] == [nn.Conv2d, nn.BatchNorm2d, nn.LeakyReLU] * 2
-    assert block[0].groups == 8 and block[3].kernel_size == (1, 1) and block[2].negative_slope == 0.01
+    assert (
+        block[0].groups == 8 and block[3].kernel_size == (1, 1) and block[2].negative_slope == 0.01
+    )
     assert block(torch.zeros(1, 8, 10, 10)).shape == (1, 16, 5, 5)
 
 
 def test_widths_depths_strides_and_kernel_come_from_the_config():
-    cfg = h.Config(student="dwpw", stem_width=8, widths=(8, 12), depths=(2, 3), strides=(2, 1), kernel_size=5)
+    cfg = h.Config(
+        student="dwpw", stem_width=8, widths=(8, 12), depths=(2, 3), strides=(2, 1), kernel_size=5
+    )
     net = h.build_student(cfg)
     assert [len(net.layer1), len(net.layer2)] == [2, 3] and net.layer2[0][0].kernel_size == (5, 5)
-    assert feature_shapes(net, ("layer1", "layer2"), 64) == {"layer1": (8, 8, 8), "layer2": (12, 8, 8)}
+    assert feature_shapes(net, ("layer1", "layer2"), 64) == {
+        "layer1": (8, 8, 8),
+        "layer2": (12, 8, 8),
+    }
 
 
 def test_an_inverted_residual_adds_its_input_where_shapes_agree():
@@ -69,15 +86,27 @@ def test_an_inverted_residual_adds_its_input_where_shapes_agree():
     nn.init.zeros_(other.project[1].weight)
     assert torch.equal(other(x), torch.zeros(2, 8, 5, 5))
     assert other.depthwise[0].groups == 18 and sum(p.numel() for p in other.parameters()) == (
-        6 * 18 + 36 + 25 * 18 + 36 + 18 * 8 + 16)
+        6 * 18 + 36 + 25 * 18 + 36 + 18 * 8 + 16
+    )
 
 
 def test_the_inverted_residual_student_keeps_large_maps_where_strides_are_one():
-    cfg = h.Config(student="ir", stem_width=16, widths=(24, 32, 40), depths=(2, 3, 2), strides=(2, 2, 1), kernel_size=5)
+    cfg = h.Config(
+        student="ir",
+        stem_width=16,
+        widths=(24, 32, 40),
+        depths=(2, 3, 2),
+        strides=(2, 2, 1),
+        kernel_size=5,
+    )
     net = h.build_student(cfg)
     assert h.check_budget(net) == 56_971
     assert feature_shapes(net, ("stem", "layer1", "layer2", "layer3"), 224) == {
-        "stem": (16, 112, 112), "layer1": (24, 56, 56), "layer2": (32, 28, 28), "layer3": (40, 28, 28)}
+        "stem": (16, 112, 112),
+        "layer1": (24, 56, 56),
+        "layer2": (32, 28, 28),
+        "layer3": (40, 28, 28),
+    }
 
 
 def test_get_student_model_takes_no_argument_and_is_the_last_stages():
@@ -134,12 +163,14 @@ def test_layer_table_adds_up():
     assert table.loc["stem.0", "multiply-adds"] == 112 * 112 * 48 * 147
 
 
-# --- the teacher -----------------------------------------------------------------------------------------------------
+# --- the teacher ----------------------------------------------------------------------------------
 
 
 def test_the_teacher_is_frozen_from_the_first_line(teacher_file):
     teacher = h.load_teacher(teacher_file)
-    assert isinstance(teacher, torchvision.models.ResNet) and not any(m.training for m in teacher.modules())
+    assert isinstance(teacher, torchvision.models.ResNet) and not any(
+        m.training for m in teacher.modules()
+    )
     assert not any(p.requires_grad for p in teacher.parameters())
     assert sum(p.numel() for p in teacher.parameters()) == 11_182_155
     before = h.state_checksum(teacher)
@@ -154,11 +185,16 @@ def test_a_checksum_sees_a_buffer_that_moved(teacher_file):
     assert h.state_checksum(teacher) != before
 
 
-@pytest.mark.parametrize("wrap", [
-    lambda s: {"state_dict": s}, lambda s: {"model": s, "epoch": 3},
-    lambda s: {"module." + k: v for k, v in s.items()}, lambda s: {"_orig_mod." + k: v for k, v in s.items()},
-    lambda s: {"state_dict": {"module._orig_mod." + k: v for k, v in s.items()}},
-])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda s: {"state_dict": s},
+        lambda s: {"model": s, "epoch": 3},
+        lambda s: {"module." + k: v for k, v in s.items()},
+        lambda s: {"_orig_mod." + k: v for k, v in s.items()},
+        lambda s: {"state_dict": {"module._orig_mod." + k: v for k, v in s.items()}},
+    ],
+)
 def test_wrappers_and_prefixes_of_a_plain_meaning_are_taken_off(teacher_file, wrap):
     state = h.load_weights(teacher_file)
     wanted = h.state_checksum(h.load_teacher(teacher_file))
@@ -166,12 +202,18 @@ def test_wrappers_and_prefixes_of_a_plain_meaning_are_taken_off(teacher_file, wr
     assert h.state_checksum(h.load_teacher(teacher_file)) == wanted
 
 
-@pytest.mark.parametrize(("harm", "message"), [
-    (lambda s: {k: v for k, v in s.items() if k != "fc.bias"}, "Missing key.*fc.bias"),
-    (lambda s: s | {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)},
-     r"no ResNet of 11 classes.*fc.weight.*\[1000"),
-    (lambda s: [1, 2], "no state dict"), (lambda s: {}, "no state dict"),
-])
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda s: {k: v for k, v in s.items() if k != "fc.bias"}, "Missing key.*fc.bias"),
+        (
+            lambda s: s | {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)},
+            r"no ResNet of 11 classes.*fc.weight.*\[1000",
+        ),
+        (lambda s: [1, 2], "no state dict"),
+        (lambda s: {}, "no state dict"),
+    ],
+)
 def test_a_file_with_something_else_is_named(teacher_file, harm, message):
     torch.save(harm(dict(h.load_weights(teacher_file))), teacher_file)
     with pytest.raises(h.UserError, match=message):
@@ -187,14 +229,18 @@ def test_soft_labels_flatten_with_the_temperature():
 
 def test_several_teachers_are_averaged_as_probabilities(teacher_file, tmp_path):
     torch.manual_seed(2)
-    torch.save(h.build_student(h.Config(student="resnet18", seed=5)).state_dict(), tmp_path / "b.ckpt")
+    torch.save(
+        h.build_student(h.Config(student="resnet18", seed=5)).state_dict(), tmp_path / "b.ckpt"
+    )
     one, two = h.load_teacher(teacher_file), h.load_teacher(tmp_path / "b.ckpt")
     x = torch.randn(3, 3, 64, 64)
     wanted = (one(x).softmax(1) + two(x).softmax(1)) / 2
-    for paths in (f"{teacher_file},{tmp_path / 'b.ckpt'}", [teacher_file, tmp_path / "b.ckpt"]):
+    for paths in ((teacher_file, tmp_path / "b.ckpt"), [teacher_file, tmp_path / "b.ckpt"]):
         both = h.load_teacher(paths)
         assert torch.allclose(both(x).softmax(1), wanted, atol=1e-6)
-        assert not any(m.training for m in both.modules()) and not any(p.requires_grad for p in both.parameters())
+        assert not any(m.training for m in both.modules()) and not any(
+            p.requires_grad for p in both.parameters()
+        )
     assert h.load_teacher([teacher_file]).fc.weight.equal(one.fc.weight)
     with pytest.raises(h.UserError, match="wants a single teacher"):
         h.DistillLoss(h.get_config("boss", image_size=64), h.build_student(h.STAGES["boss"]), both)

@@ -10,25 +10,33 @@ def test_written_csv_is_valid_and_as_the_homework_wants(tmp_path):
     path = tmp_path / "a.csv"
     h.write_submission(path, ["0000", "0001", "0002"], torch.tensor([3, 10, 0]))
     assert path.read_text() == "Id,Category\n0000,3\n0001,10\n0002,0\n"
-    assert h.validate_submission(path, 3) == 3 == h.validate_submission(path, ["0000", "0001", "0002"])
+    assert (
+        h.validate_submission(path, 3) == 3 == h.validate_submission(path, ["0000", "0001", "0002"])
+    )
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("", "row 1: the header is missing"),
-    ("id,category\n0000,1\n0001,1\n", "row 1: the header is id,category"),
-    ("Id,Category\n0000,1\n", "1 rows, wanted are 2"),
-    ("Id,Category\n0000,1\n0001,1\n0002,1\n", "3 rows, wanted are 2"),
-    ("Id,Category\n0001,1\n0000,1\n", "row 2 is '0001,1': wanted are the id '0000', a comma and a class from 0 to 10"),
-    ("Id,Category\n0000,1\n0000,1\n", "row 3 is '0000,1': wanted are the id '0001'"),
-    ("Id,Category\n0,1\n1,1\n", "row 2 is '0,1'"),
-    ("Id,Category\n0000,11\n0001,1\n", "row 2 is '0000,11'"),
-    ("Id,Category\n0000,1\n0001,-1\n", "row 3 is '0001,-1'"),
-    ("Id,Category\n0000,1\n0001,1.0\n", "row 3 is '0001,1.0'"),
-    ("Id,Category\n0000,1\n0001,\u0663\n", "row 3 is '0001,\u0663'"),
-    ("Id,Category\n0000,1\n0001,\n", "row 3 is '0001,'"),
-    (",Id,Category\n0,0000,1\n", "row 1: the header"),
-    ("Id,Category\n0000,1,2\n0001,1\n", "row 2 is '0000,1,2'"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "row 1: the header is missing"),
+        ("id,category\n0000,1\n0001,1\n", "row 1: the header is id,category"),
+        ("Id,Category\n0000,1\n", "1 rows, wanted are 2"),
+        ("Id,Category\n0000,1\n0001,1\n0002,1\n", "3 rows, wanted are 2"),
+        (
+            "Id,Category\n0001,1\n0000,1\n",
+            "row 2 is '0001,1': wanted are the id '0000', a comma and a class from 0 to 10",
+        ),
+        ("Id,Category\n0000,1\n0000,1\n", "row 3 is '0000,1': wanted are the id '0001'"),
+        ("Id,Category\n0,1\n1,1\n", "row 2 is '0,1'"),
+        ("Id,Category\n0000,11\n0001,1\n", "row 2 is '0000,11'"),
+        ("Id,Category\n0000,1\n0001,-1\n", "row 3 is '0001,-1'"),
+        ("Id,Category\n0000,1\n0001,1.0\n", "row 3 is '0001,1.0'"),
+        ("Id,Category\n0000,1\n0001,\u0663\n", "row 3 is '0001,\u0663'"),
+        ("Id,Category\n0000,1\n0001,\n", "row 3 is '0001,'"),
+        (",Id,Category\n0,0000,1\n", "row 1: the header"),
+        ("Id,Category\n0000,1,2\n0001,1\n", "row 2 is '0000,1,2'"),
+    ],
+)
 def test_validate_names_the_first_wrong_row(tmp_path, text, message):
     path = tmp_path / "a.csv"
     path.write_text(text)
@@ -49,12 +57,16 @@ def test_predictions_follow_the_ids(food):
     split = h.load_data(h.find_data(food), "evaluation", "eval", 64)
     student = h.freeze(h.build_student(cfg))
     classes = h.predict(student, split, cfg)
-    one_by_one = torch.stack([student(h.normalize(image[None]))[0].argmax() for image in split.images])
+    one_by_one = torch.stack(
+        [student(h.normalize(image[None]))[0].argmax() for image in split.images]
+    )
     assert torch.equal(classes, one_by_one)
 
 
 def test_tta_is_the_mean_over_exact_view_scales_and_mirrors(food):
-    """Six views; scale 1 of the whole view is the central square of the picture, cut out and shrunk."""
+    """Six views; scale 1 of the whole view is the central square of the picture, cut out and
+    shrunk.
+    """
     cfg, data = h.get_config("simple", image_size=64), h.find_data(food)
     exact, whole = (h.load_data(data, "evaluation", view, 64) for view in ("eval", "whole"))
     student = h.freeze(h.build_student(cfg))
@@ -68,8 +80,13 @@ def test_tta_is_the_mean_over_exact_view_scales_and_mirrors(food):
 
 
 def test_a_centre_crop_is_a_square_of_the_picture():
-    """Of a picture twice as wide as high, the whole height and half the width; of a high one the other way round."""
+    """Of a picture twice as wide as high, the whole height and half the width; of a high one the
+    other way round.
+    """
     crops = h.centre_crops(torch.tensor([2.0, 0.5, 1.0]), 1.0)[:, 0]
-    assert torch.allclose(crops[:, [0, 1], [0, 1]], torch.tensor([[0.5, 1.0], [1.0, 0.5], [1.0, 1.0]]))
-    assert crops[:, :, 2].abs().max() == 0 and torch.allclose(h.centre_crops(torch.ones(1), 0.75)[0, 0, 0, 0],
-                                                              torch.tensor(0.75))
+    assert torch.allclose(
+        crops[:, [0, 1], [0, 1]], torch.tensor([[0.5, 1.0], [1.0, 0.5], [1.0, 1.0]])
+    )
+    assert crops[:, :, 2].abs().max() == 0 and torch.allclose(
+        h.centre_crops(torch.ones(1), 0.75)[0, 0, 0, 0], torch.tensor(0.75)
+    )

@@ -2,11 +2,11 @@
 
     HW13_PHOTOS=DIR python tests/bench/scale.py [--times 1 4 16] [--size 128] [--out FOLDER]
 
-Links the training photographs 1, 4 and 16 times into a data folder and, in a process of its own for each, decodes them
-into the cache, makes every augmented view of two epochs, without a network, and takes some Boss training steps with a
-random teacher. Prints milliseconds an image (decoding; the views of the first epoch, which maps the file, and of the
-second; a training step) and the largest private memory (anonymous pages; the mapped cache file is shared and can be
-dropped).
+Links the training photographs 1, 4 and 16 times into a data folder and, in a process of its own for
+each, decodes them into the cache, makes every augmented view of two epochs, without a network, and
+takes some Boss training steps with a random teacher. Prints milliseconds an image (decoding; the
+views of the first epoch, which maps the file, and of the second; a training step) and the largest
+private memory (anonymous pages; the mapped cache file is shared and can be dropped).
 """
 
 import argparse
@@ -31,15 +31,21 @@ import helpers as h  # noqa: E402
 
 def private_memory():
     """Megabytes of this process that no file backs, now."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["RssAnon"].split()[0]) / 1024
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            kilobytes = int(line.split()[1])
+            return kilobytes / 1024
+    raise OSError("/proc/self/status holds no RssAnon")
 
 
 def copies(data, times, folder):
-    """The data with its training photographs `times` times, as hard links or copies under other names."""
+    """The data with its training photographs `times` times, as hard links or copies under other
+    names.
+    """
     target = Path(folder) / "training"
     target.mkdir()
-    files, labels = [], []
+    files = []
+    labels = []
     for copy in range(times):
         for path, label in zip(data.files["training"], data.labels["training"], strict=True):
             name = target / f"{label}_{copy:02d}{path.stem.split('_')[1]}.jpg"
@@ -49,41 +55,69 @@ def copies(data, times, folder):
                 name.symlink_to(path)
             files.append(name)
             labels.append(label)
-    return h.dataclasses.replace(data, root=Path(folder), files={"training": files}, labels={"training": labels},
-                                 ids={"training": [p.stem for p in files]})
+    return h.dataclasses.replace(
+        data,
+        root=Path(folder),
+        files={"training": files},
+        labels={"training": labels},
+        ids={"training": [path.stem for path in files]},
+    )
 
 
 def measure(data, times, size):
-    """Seconds and memory for `times` the training set."""
+    """Milliseconds an image and megabytes for `times` the training set."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ["HW13_CACHE"] = folder
         many = copies(data, times, folder)
         device = h.pick_device()
-        times, start = {}, time.perf_counter()
+        start = time.perf_counter()
         split = h.load_data(many, "training", "whole", size)
-        times["decode"] = 1000 * (time.perf_counter() - start) / len(split)
+        row = {"images": len(split), "decode": milliseconds_since(start, len(split))}
         cfg = h.get_config("boss", **DWPW, image_size=size)
-        loader, memory = h.BatchLoader(split, cfg, device, train=True), private_memory()
+        loader = h.BatchLoader(split, cfg, device, train=True)
+        memory = private_memory()
         for epoch, name in enumerate(("views, first epoch", "views, second epoch")):
             loader.set_epoch(epoch)
             start = time.perf_counter()
             for _ in loader:
                 memory = max(memory, private_memory())
-            times[name] = 1000 * (time.perf_counter() - start) / len(split)
-        teacher = h.freeze(h.build_student(h.TEACHER_CONFIG))
-        loss_fn = h.DistillLoss(cfg, h.build_student(cfg), teacher, h.amp_dtype(device)).to(device)
-        state = h.TrainState(loss_fn, cfg, device)
-        steps = Steps(loader, 8)
-        h.train_one_epoch(state, loss_fn, steps, cfg, 0)
-        start = time.perf_counter()
-        h.train_one_epoch(state, loss_fn, steps, cfg, 1)
-        times["training step"] = 1000 * (time.perf_counter() - start) / (steps.n * cfg.batch_size)
-        memory = max(memory, private_memory())
-        return {"images": len(split), **times, "private MB": memory, "cache MB": split.cache.stat().st_size / 1e6}
+            row[name] = milliseconds_since(start, len(split))
+        row["training step"] = measure_step(cfg, loader, device)
+        row["private MB"] = max(memory, private_memory())
+        row["cache MB"] = split.cache.stat().st_size / 1e6
+        return row
+
+
+def milliseconds_since(start, n):
+    """Milliseconds since `start` for each of `n` images."""
+    return 1000 * (time.perf_counter() - start) / n
+
+
+def measure_step(cfg, loader, device):
+    """Milliseconds an image of some Boss training steps, after as many to warm up."""
+    teacher = h.freeze(h.build_student(h.TEACHER_CONFIG))
+    loss_fn = h.DistillLoss(cfg, h.build_student(cfg), teacher).on(device)
+    state = h.TrainState(loss_fn)
+    steps = Steps(loader, 8)
+    h.train_one_epoch(state, loss_fn, steps, 0)
+    start = time.perf_counter()
+    h.train_one_epoch(state, loss_fn, steps, 1)
+    return milliseconds_since(start, steps.n * cfg.batch_size)
+
+
+def measure_in_a_process(times):
+    """The row of `measure`, from a process of its own."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--one", str(times)]
+    result = subprocess.run(
+        command, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    return {"times": times, **json.loads(result.stdout.splitlines()[-1])}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", default=os.environ.get("HW13_PHOTOS"))
     parser.add_argument("--times", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--size", type=int, default=128)
@@ -93,20 +127,16 @@ def main():
     if not args.data:
         sys.exit("name a data folder with --data DIR or HW13_PHOTOS")
     if args.one:
-        return print(json.dumps(measure(h.find_data(args.data), args.one, args.size)))
-    rows = []
-    for times in args.times:
-        out = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--one", str(times)], check=True, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
-        rows.append({"times": times, **json.loads(out.splitlines()[-1])})
-    frame = pd.DataFrame(rows)
-    frame["whole run of 10 epochs"] = frame["decode"] + 10 * frame["training step"]
-    frame["against the smallest"] = frame["whole run of 10 epochs"] / frame["whole run of 10 epochs"][0]
+        print(json.dumps(measure(h.find_data(args.data), args.one, args.size)))
+        return
+    frame = pd.DataFrame([measure_in_a_process(times) for times in args.times])
+    whole_run = frame["decode"] + 10 * frame["training step"]
+    frame["whole run of 10 epochs"] = whole_run
+    frame["against the smallest"] = whole_run / whole_run[0]
     frame["machine"] = f"{os.cpu_count()} CPU cores, {args.size} px, {time.strftime('%Y-%m-%d')}"
     print(frame.round(3).to_string(index=False))
     args.out.mkdir(parents=True, exist_ok=True)
     frame.to_csv(args.out / "scale.csv", index=False)
-    return None
 
 
 if __name__ == "__main__":

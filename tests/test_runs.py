@@ -1,0 +1,291 @@
+"""Own code in the training, what a run remembers of it, and stages that are prepared once."""
+
+import importlib
+import json
+import sys
+import textwrap
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import helpers as h
+
+CALLS = []
+
+
+def my_loss(student_logits, labels, teacher_logits, alpha, temperature):
+    CALLS.append((alpha, temperature))
+    return h.loss_fn_kd(student_logits, labels, teacher_logits, alpha, temperature)
+
+
+def labels_only(student_logits, labels, teacher_logits, alpha, temperature):
+    return F.cross_entropy(student_logits, labels)
+
+
+class MyNet(nn.Module):
+    """A learner's own student."""
+
+    def __init__(self, activation=torch.relu):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, 2)
+        self.fc = nn.Linear(8, 11)
+        self.activation = activation
+
+    def forward(self, x):
+        return self.fc(self.activation(self.conv(x)).mean((2, 3)))
+
+
+@pytest.fixture
+def medium(food, teacher_file, tmp_path, tiny):
+    """Run Medium into one folder, with own code if any is given."""
+    data = h.find_data(food)
+    teacher = h.load_teacher(teacher_file)
+
+    def run_medium(stage="medium", **own):
+        return h.run_stage(h.get_config(stage, **tiny), data, teacher, tmp_path, **own)
+
+    return run_medium
+
+
+# --- the door -------------------------------------------------------------------------------------
+
+
+def test_an_own_loss_gets_alpha_and_temperature_and_its_whole_value_trains(medium):
+    standard = medium()
+    CALLS.clear()
+    own = medium(fresh=True, loss_fn_kd=my_loss)
+    assert set(CALLS) == {(0.5, 20.0)}
+    assert h.state_checksum(own.net) == h.state_checksum(standard.net)
+    other = medium(fresh=True, loss_fn_kd=labels_only)
+    # Nothing is added beside it: what is minimised is the labels' term alone.
+    assert other.history["train_loss"].tolist() == pytest.approx(other.history["ce"].tolist())
+    assert h.state_checksum(other.net) != h.state_checksum(standard.net)
+
+
+def test_an_own_loss_gets_bosss_moving_alpha(medium):
+    CALLS.clear()
+    medium("boss", loss_fn_kd=my_loss)
+    assert {alpha for alpha, _ in CALLS} == {1 - 0.5**2, 0.0}
+
+
+def test_an_own_alignment_trains(medium):
+    def no_alignment(student_maps, teacher_maps, weights, adapters):
+        return student_maps["layer1"].sum() * 0.0
+
+    run = medium("boss", alignment=no_alignment)
+    assert run.history["align"].tolist() == [0.0, 0.0]
+
+
+def test_an_own_student_trains_and_the_one_handed_in_stays_as_it_was(medium):
+    torch.manual_seed(3)
+    net = MyNet()
+    before = h.state_checksum(net)
+    run = medium(student=net)
+    assert h.state_checksum(net) == before != h.state_checksum(run.student())
+    assert isinstance(run.student(), MyNet) and run.n_params == 8 * 27 + 8 + 88 + 11
+    assert h.validate_submission(run.csv, 5) == 5
+    again = medium(student=net)
+    assert h.state_checksum(again.student()) == h.state_checksum(run.student())
+
+
+def test_a_function_that_builds_a_student_draws_from_the_seed(medium):
+    first = medium(student=MyNet)
+    again = medium(student=MyNet, fresh=True)
+    assert h.state_checksum(first.net) == h.state_checksum(again.net)
+
+
+def test_the_command_line_does_not_take_an_own_student_for_the_configs(
+    medium, food, tmp_path, capsys
+):
+    run = medium(student=MyNet)
+    checkpoint = str(run.folder / "student_best.ckpt")
+    out = str(tmp_path / "x.csv")
+    arguments = ["predict", "--data", str(food), "--checkpoint", checkpoint, "--out", out]
+    assert h.main(arguments) == 2
+    assert "does not go with a config.json" in capsys.readouterr().err
+
+    def sample_net_with_another_activation():
+        net = h.build_student(h.Config())
+        net.relu1 = nn.SiLU()
+        return net
+
+    medium(student=sample_net_with_another_activation, fresh=True)
+    assert h.main(arguments) == 2
+    assert "a student of your own" in capsys.readouterr().err
+
+
+def test_own_code_that_nothing_would_use_is_refused(medium):
+    with pytest.raises(
+        h.UserError, match="simple learns from labels alone: it takes no loss_fn_kd"
+    ):
+        medium("simple", loss_fn_kd=my_loss)
+    with pytest.raises(h.UserError, match="medium aligns no layers"):
+        medium(alignment=h.alignment)
+
+
+def test_an_own_student_above_the_limit_is_refused(medium):
+    with pytest.raises(h.UserError, match="homework allows 60,000"):
+        medium(student=nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 11)))
+
+
+# --- what a run remembers -------------------------------------------------------------------------
+
+
+def test_another_loss_on_a_finished_folder_is_said(medium, capsys):
+    medium(loss_fn_kd=my_loss)
+    capsys.readouterr()
+    medium(loss_fn_kd=my_loss)
+    assert "finished before, loaded" in capsys.readouterr().out
+    changed = "other settings: the code of loss_fn_kd .it has changed."
+    for own in ({}, {"loss_fn_kd": labels_only}):
+        with pytest.raises(h.UserError, match=changed):
+            medium(**own)
+
+
+def test_an_own_student_that_changed_is_said(medium):
+    medium(student=MyNet)
+
+    class MyNet2(MyNet):
+        def forward(self, x):
+            return super().forward(2 * x)
+
+    with pytest.raises(h.UserError, match="layers of the student.*code of the student"):
+        medium(student=MyNet2)
+
+
+def code_of(tmp_path, source, name="my_loss"):
+    """code_fingerprint of a function in a module with this source."""
+    path = tmp_path / "learners_module.py"
+    path.write_text(textwrap.dedent(source))
+    sys.modules.pop("learners_module", None)
+    importlib.invalidate_caches()
+    spec = importlib.util.spec_from_file_location("learners_module", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["learners_module"] = module
+    spec.loader.exec_module(module)
+    h.inspect.linecache.clearcache()
+    return h.code_fingerprint(getattr(module, name))
+
+
+LEARNERS = '''
+    """My module."""
+    weight = 2.0
+    def scaled(x):
+        return weight * x
+    def my_loss(a, b):
+        "What it does."
+        return scaled(a) + b
+'''
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ("scaled(a) + b", "scaled(a) + b  # a comment", True),
+        ("What it does.", "Said better.", True),
+        ("scaled(a) + b", "(scaled(a)\n            + b)", True),
+        ("scaled(a) + b", "scaled(a) - b", False),
+        ("weight * x", "weight + x", False),  # in a function that it calls
+        ("weight = 2.0", "weight = 3.0", False),
+        ("My module", "Your module", True),
+    ],
+)
+def test_the_fingerprint_is_that_of_what_the_code_does(tmp_path, old, new, same):
+    before = code_of(tmp_path, LEARNERS)
+    after = code_of(tmp_path, LEARNERS.replace(old, new))
+    assert (before == after) == same
+
+
+NETS = """
+class Base:
+    def forward(self, x):
+        return x
+class Net(Base):
+    @staticmethod
+    def scale(x):
+        return 2 * x
+    def other(self, x):
+        return self.scale(x)
+"""
+
+
+@pytest.mark.parametrize(("old", "new"), [("return x\n", "return -x\n"), ("2 * x", "3 * x")])
+def test_base_classes_and_static_methods_count(tmp_path, old, new):
+    before = code_of(tmp_path, NETS, "Net")
+    assert code_of(tmp_path, NETS.replace(old, new), "Net") != before
+
+
+def test_a_student_without_the_layers_to_align_is_one_sentence(medium):
+    with pytest.raises(h.UserError, match="the student has no layer1, layer2, layer3"):
+        medium("boss", student=MyNet)
+
+
+def test_code_without_a_source_has_a_fingerprint_too():
+    names = {}
+    exec(
+        "def f(x): return x + 1\ndef g(x): return x + 2\ndef k(x): return [i + 1 for i in x]", names
+    )
+    prints = {h.code_fingerprint(names[name]) for name in "fgk"}
+    assert len(prints) == 3
+    assert h.code_fingerprint(names["f"]) in prints
+    half = h.functools.partial(names["f"], 1)
+    assert h.code_fingerprint(half) != h.code_fingerprint(names["f"])
+
+
+# --- prepared once --------------------------------------------------------------------------------
+
+
+def test_a_stage_is_prepared_once_and_the_same_objects_are_trained(
+    food, teacher_file, tmp_path, tiny, monkeypatch
+):
+    counts = {}
+
+    def counted(name):
+        original = getattr(h, name)
+
+        def call(*args, **kwargs):
+            counts[name] = counts.get(name, 0) + 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(h, name, call)
+
+    for name in ("build_adapters", "own_student", "RunFolder", "DistillLoss"):
+        counted(name)
+    data = h.find_data(food)
+    cfg = h.get_config("boss", **tiny)
+    stage = h.prepare_stage(cfg, data, h.load_teacher(teacher_file), tmp_path)
+    assert not (tmp_path / "boss").exists()
+    run = stage.train()
+    assert run.net is stage.student is stage.loss_fn.student
+    assert counts == {"build_adapters": 1, "own_student": 1, "RunFolder": 1, "DistillLoss": 1}
+
+
+def test_preparing_changes_nothing_in_a_folder(medium, food, teacher_file, tmp_path, tiny):
+    run = medium()
+    last = run.folder / "last.ckpt"
+    last.write_bytes(b"damaged")
+    before = {p.name: p.read_bytes() for p in run.folder.iterdir()}
+    h.prepare_stage(run.cfg, h.find_data(food), h.load_teacher(teacher_file), tmp_path)
+    assert {p.name: p.read_bytes() for p in run.folder.iterdir()} == before
+    medium()
+    assert (run.folder / "damaged.ckpt").read_bytes() == b"damaged"
+
+
+def test_facts_are_plain_values_that_a_file_gives_back(medium):
+    run = medium()
+    stored = json.loads((run.folder / "config.json").read_text())
+    assert stored == run.facts
+    assert stored["config"]["exp_name"] == "medium" and stored["processes"] == 1
+
+
+def test_a_final_fit_wants_the_same_code(medium, food, teacher_file, tmp_path):
+    run = medium(loss_fn_kd=my_loss)
+    data = h.find_data(food)
+    teacher = h.load_teacher(teacher_file)
+    with pytest.raises(
+        h.UserError, match="code of loss_fn_kd is not that of medium: hand in the same"
+    ):
+        h.final_fit(run, data, teacher, tmp_path)
+    assert h.final_fit(run, data, teacher, tmp_path, loss_fn_kd=my_loss)
