@@ -23,8 +23,9 @@ def _clean_environment(monkeypatch, tmp_path_factory):
     """
     for name in ("HW13_DATA", "HW13_KAGGLE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HW13_KAGGLE", str(tmp_path_factory.getbasetemp() / "no_kaggle"))
-    cache = tmp_path_factory.getbasetemp() / "cache"
+    base = tmp_path_factory.getbasetemp()
+    monkeypatch.setenv("HW13_KAGGLE", str(base / "no_kaggle"))
+    cache = base / "cache"
     cache.mkdir(exist_ok=True)
     monkeypatch.setenv("HW13_CACHE", str(cache))
 
@@ -33,8 +34,9 @@ def save_picture(path, seed=0, size=(60, 48), mode="RGB", **options):
     """Write a smooth random picture."""
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    picture = small.resize(size, Image.Resampling.BICUBIC).convert(mode)
     path.parent.mkdir(parents=True, exist_ok=True)
-    small.resize(size, Image.Resampling.BICUBIC).convert(mode).save(path, **options)
+    picture.save(path, **options)
     return path
 
 
@@ -46,9 +48,8 @@ def food(tmp_path):
     root = tmp_path / "Food-11"
     for label in range(h.NUM_CLASSES):
         for n in range(2):
-            save_picture(
-                root / "training" / f"{label}_{n}.jpg", 10 * label + n, (60 + 4 * n, 48 + label)
-            )
+            size = (60 + 4 * n, 48 + label)  # no two shapes are alike
+            save_picture(root / "training" / f"{label}_{n}.jpg", 10 * label + n, size)
         save_picture(root / "validation" / f"{label}_0.jpg", 500 + label)
     for n in range(5):
         save_picture(root / "evaluation" / f"{n:04d}.jpg", 900 + n)
@@ -59,8 +60,9 @@ def food(tmp_path):
 def teacher_file(food):
     """A random teacher with the homework's file name, in the data folder."""
     torch.manual_seed(1)
+    teacher = h.build_student(h.Config(student="resnet18"))
     path = food / h.TEACHER_FILE
-    torch.save(h.build_student(h.Config(student="resnet18")).state_dict(), path)
+    torch.save(teacher.state_dict(), path)
     return path
 
 

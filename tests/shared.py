@@ -1,6 +1,4 @@
-"""What tests and benches share: the plain student's settings, and the comparison of two
-checkpoints.
-"""
+"""What tests and benches share: the plain student, --set arguments, the comparison of two runs."""
 
 import torch
 
@@ -11,6 +9,14 @@ DWPW = {
     key: getattr(h.Config(student="dwpw"), key)
     for key in ("student", "stem_width", "widths", "depths", "strides")
 }
+
+
+def settings(**values):
+    """The --set arguments of a command line."""
+    arguments = []
+    for key, value in values.items():
+        arguments += ["--set", f"{key}={value}"]
+    return arguments
 
 
 def without_seconds(folder):

@@ -9,15 +9,17 @@ import subprocess
 import sys
 import time
 
+import pandas as pd
 import pytest
 import torch
 from conftest import ROOT
-from shared import same, without_seconds
+from shared import same, settings, without_seconds
 from test_training import SMALL, prepared
 
 import helpers as h
 
 WORKER = [sys.executable, ROOT / "helpers.py", "run"]
+DISK_FULL = OSError(28, "No space left on device")
 
 
 def train(food, folder, stage="simple", fresh=False, **settings):
@@ -27,7 +29,22 @@ def train(food, folder, stage="simple", fresh=False, **settings):
     if folder:
         run_folder = h.RunFolder(folder, loss_fn, fresh=fresh)
     history = h.fit(loss_fn, train_loader, valid, run_folder)
-    return [{**row, "seconds": 0} for row in history], h.state_checksum(loss_fn.student)
+    timeless = [{**row, "seconds": 0} for row in history]
+    return timeless, h.state_checksum(loss_fn.student)
+
+
+def simple_stage(data, out=None, **changes):
+    """The Run of a small simple stage."""
+    return h.run_stage(h.get_config("simple", **(SMALL | changes)), data, out=out)
+
+
+def failing(error):
+    """A function that raises this, whatever it is called with."""
+
+    def fail(*args):
+        raise error
+
+    return fail
 
 
 # --- kills ----------------------------------------------------------------------------------------
@@ -35,39 +52,27 @@ def train(food, folder, stage="simple", fresh=False, **settings):
 
 def test_killed_processes_leave_what_an_uninterrupted_one_leaves(food, teacher_file, tmp_path):
     """Three SIGKILLs at random moments of a run, then to the end: every byte is the same."""
-    command = [
-        *WORKER,
-        "--data",
-        food,
-        "--stages",
-        "boss",
-        *(
-            part
-            for key, value in (SMALL | {"n_epochs": 6}).items()
-            for part in ("--set", f"{key}={value}")
-        ),
-        "--out",
-    ]
+    small_run = settings(**(SMALL | {"n_epochs": 6}))
+    command = [*WORKER, "--data", food, "--stages", "boss", *small_run, "--out"]
+    whole = tmp_path / "whole"
+    cut = tmp_path / "cut"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    to_the_end = {"env": environment, "check": True, "capture_output": True}
+    silent = {"env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     start = time.monotonic()
-    subprocess.run([*command, tmp_path / "whole"], env=environment, check=True, capture_output=True)
-    whole, rng = time.monotonic() - start, random.Random(3)
+    subprocess.run([*command, whole], **to_the_end)
+    seconds = time.monotonic() - start
+    rng = random.Random(3)
     for _ in range(3):
-        process = subprocess.Popen(
-            [*command, tmp_path / "cut"],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        time.sleep(rng.uniform(0.4, 0.9) * whole)
+        process = subprocess.Popen([*command, cut], **silent)
+        time.sleep(rng.uniform(0.4, 0.9) * seconds)
         process.kill()
         process.wait()
-    subprocess.run([*command, tmp_path / "cut"], env=environment, check=True, capture_output=True)
+    subprocess.run([*command, cut], **to_the_end)
     for name in ("boss.csv", "submission.csv", "boss/student_best.ckpt", "boss/config.json"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), (
-            name
-        )
-    assert same(without_seconds(tmp_path / "whole/boss"), without_seconds(tmp_path / "cut/boss"))
+        assert (whole / name).read_bytes() == (cut / name).read_bytes(), name
+    # last.ckpt holds the seconds of each epoch, which differ.
+    assert same(without_seconds(whole / "boss"), without_seconds(cut / "boss"))
 
 
 # --- damaged and missing files --------------------------------------------------------------------
@@ -89,7 +94,11 @@ def test_a_damaged_last_falls_back_to_the_save_before(food, tmp_path, harm, caps
     assert train(food, tmp_path / "cut") == wanted
     out = capsys.readouterr().out
     assert "goes on after epoch 2" in out
-    assert harm is os.remove or ("WARNING" in out and "last.ckpt" in out and "previous.ckpt" in out)
+    # A file that is not there is no damage to warn of.
+    if harm is not os.remove:
+        assert "WARNING" in out
+        assert "last.ckpt" in out
+        assert "previous.ckpt" in out
     assert same(without_seconds(tmp_path / "whole"), without_seconds(tmp_path / "cut"))
 
 
@@ -99,7 +108,8 @@ def test_two_damaged_saves_are_said_and_fresh_starts_again(food, tmp_path, capsy
         cut_short(tmp_path / "run" / name)
     with pytest.raises(h.UserError, match=r"last.ckpt is not loaded: it is damaged.*--fresh"):
         train(food, tmp_path / "run", n_epochs=2)
-    assert "WARNING" not in capsys.readouterr().out and not (tmp_path / "run/damaged.ckpt").exists()
+    assert "WARNING" not in capsys.readouterr().out
+    assert not (tmp_path / "run/damaged.ckpt").exists()
     assert train(food, tmp_path / "run", n_epochs=2, fresh=True) == wanted
 
 
@@ -109,9 +119,10 @@ def test_a_fallback_never_replaces_the_good_save_by_the_damaged_one(food, tmp_pa
     train(food, tmp_path / "cut", n_epochs=3)
     cut_short(tmp_path / "cut/last.ckpt")
     with monkeypatch.context() as patch:
-        patch.setattr(h, "train_epochs", lambda *a: (_ for _ in ()).throw(RuntimeError("killed")))
+        patch.setattr(h, "train_epochs", failing(RuntimeError("killed")))
         with pytest.raises(RuntimeError, match="killed"):
             train(food, tmp_path / "cut")
+    # Were the damaged file the predecessor by now, nothing would be left to go on from.
     cut_short(tmp_path / "cut/last.ckpt")
     assert train(food, tmp_path / "cut") == wanted
 
@@ -148,10 +159,8 @@ def test_a_checkpoint_with_other_contents_is_one_sentence(food, tmp_path, harm):
 def test_a_checkpoint_with_a_part_missing_is_one_sentence(food, tmp_path):
     train(food, tmp_path / "run", n_epochs=1)
     saved = torch.load(tmp_path / "run/last.ckpt", weights_only=True)
-    torch.save(
-        {key: value for key, value in saved.items() if key != "optimizer"},
-        tmp_path / "run/last.ckpt",
-    )
+    del saved["optimizer"]
+    torch.save(saved, tmp_path / "run/last.ckpt")
     with pytest.raises(h.UserError, match="another student or program.*optimizer"):
         train(food, tmp_path / "run", n_epochs=1)
 
@@ -190,15 +199,18 @@ def test_damaged_pictures_are_said_at_every_use_and_a_cache_of_zeros_is_made_aga
     (food / "training/3_1.jpg").write_bytes(b"no picture")
     (food / "evaluation/0001.jpg").write_bytes(b"no picture")
     data = h.find_data(food)
-    for split, n in (("training", 21), ("evaluation", 5)):
+    # A damaged training image is left out; an evaluation image keeps its row.
+    cases = (("training", "3_1.jpg", 22, 21), ("evaluation", "0001.jpg", 5, 5))
+    for split, damaged, n, kept in cases:
         made = h.load_data(data, split, "whole", 76)
         images = made.images.clone()
-        assert ("3_1.jpg" if split == "training" else "0001.jpg") in capsys.readouterr().out
-        assert len(h.load_data(data, split, "whole", 76)) == n
+        assert damaged in capsys.readouterr().out
+        # The second use takes the cache, and says it again.
+        assert len(h.load_data(data, split, "whole", 76)) == kept
         out = capsys.readouterr().out
-        assert f"WARNING: 1 of {22 if split == 'training' else 5} {split} images are damaged" in out
+        assert f"WARNING: 1 of {n} {split} images are damaged" in out
         size = made.cache.stat().st_size
-        del made
+        del made  # its images lie in the cache's file
         path = next(h.cache_root().glob(f"{split}-whole-76-*"))
         path.unlink()
         path.write_bytes(bytes(size))
@@ -206,29 +218,28 @@ def test_damaged_pictures_are_said_at_every_use_and_a_cache_of_zeros_is_made_aga
 
 
 def test_what_killed_writers_left_is_cleared_after_a_day(tmp_path):
-    old, new, other = (tmp_path / name for name in (".a.txt.1.tmp", ".a.txt.2.tmp", ".b.txt.1.tmp"))
+    old = tmp_path / ".a.txt.1.tmp"
+    new = tmp_path / ".a.txt.2.tmp"
+    other = tmp_path / ".b.txt.1.tmp"
     for path in (old, new, other):
         path.write_text("half")
+    more_than_a_day_ago = time.time() - 90_000
     for path in (old, other):
-        os.utime(path, (time.time() - 90_000,) * 2)
+        os.utime(path, (more_than_a_day_ago, more_than_a_day_ago))
     h.write_text(tmp_path / "a.txt", "whole")
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".a.txt.2.tmp", ".b.txt.1.tmp", "a.txt"]
+    # Only what was left of the file that is written now is cleared.
+    assert sorted(os.listdir(tmp_path)) == [".a.txt.2.tmp", ".b.txt.1.tmp", "a.txt"]
 
 
 def test_a_save_that_fails_leaves_last_and_its_predecessor_alone(tmp_path, monkeypatch):
     for value in (1, 2):
         h.save_checkpoint(value, tmp_path / "last.ckpt", "previous.ckpt")
-
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
     with monkeypatch.context() as patch:
-        patch.setattr(h.os, "fsync", full)
+        patch.setattr(h.os, "fsync", failing(DISK_FULL))
         with pytest.raises(h.UserError, match="No space left"):
             h.save_checkpoint(3, tmp_path / "last.ckpt", "previous.ckpt")
-    assert [
-        torch.load(tmp_path / f"{n}.ckpt", weights_only=True) for n in ("last", "previous")
-    ] == [2, 1]
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True) == 2
+    assert torch.load(tmp_path / "previous.ckpt", weights_only=True) == 1
 
 
 def test_a_run_survives_that_its_folder_vanishes(food, tmp_path, monkeypatch):
@@ -236,7 +247,8 @@ def test_a_run_survives_that_its_folder_vanishes(food, tmp_path, monkeypatch):
     there at the end.
     """
     wanted = train(food, tmp_path / "whole")
-    original, calls = h.evaluate, []
+    original = h.evaluate
+    calls = []
 
     def evaluate(*args):
         calls.append(1)
@@ -247,33 +259,32 @@ def test_a_run_survives_that_its_folder_vanishes(food, tmp_path, monkeypatch):
 
     monkeypatch.setattr(h, "evaluate", evaluate)
     assert train(food, tmp_path / "run") == wanted
-    assert {"config.json", "last.ckpt", "log.csv", "student_best.ckpt"} <= set(
-        os.listdir(tmp_path / "run")
-    )
+    files = set(os.listdir(tmp_path / "run"))
+    assert {"config.json", "last.ckpt", "log.csv", "student_best.ckpt"} <= files
 
 
 def test_a_full_disk_is_one_sentence_and_what_was_saved_stays(food, tmp_path, monkeypatch):
     train(food, tmp_path / "run", n_epochs=1)
     before = (tmp_path / "run/last.ckpt").read_bytes()
-
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(h.os, "fsync", full)
+    monkeypatch.setattr(h.os, "fsync", failing(DISK_FULL))
     with pytest.raises(h.UserError, match="No space left on device.*what was saved is intact"):
         train(food, tmp_path / "run", n_epochs=2)
     assert (tmp_path / "run/last.ckpt").read_bytes() == before
-    assert not [p for p in (tmp_path / "run").iterdir() if p.name.endswith(".tmp")]
+    assert not [name for name in os.listdir(tmp_path / "run") if name.endswith(".tmp")]
 
 
 # --- two runs on one folder -----------------------------------------------------------------------
 
 
 def test_a_second_run_on_a_folder_is_refused_and_a_killed_one_holds_nothing(food, tmp_path):
-    code = (
-        f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import helpers as h\n"
-        f"with h.locked({str(tmp_path / 'run')!r}): print('held', flush=True); time.sleep(60)"
-    )
+    code = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import helpers as h
+with h.locked({str(tmp_path / "run")!r}):
+    print("held", flush=True)
+    time.sleep(60)
+"""
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
     with pytest.raises(h.UserError, match="another run is working in .*run"):
@@ -282,7 +293,8 @@ def test_a_second_run_on_a_folder_is_refused_and_a_killed_one_holds_nothing(food
         h.run(h.find_data(food), ["simple"], out=tmp_path / "run", **SMALL)
     process.kill()
     process.wait()
-    assert len(train(food, tmp_path / "run")[0]) == 4
+    history, _ = train(food, tmp_path / "run")
+    assert len(history) == 4
 
 
 # --- time -----------------------------------------------------------------------------------------
@@ -290,35 +302,42 @@ def test_a_second_run_on_a_folder_is_refused_and_a_killed_one_holds_nothing(food
 
 def test_a_run_ends_before_its_time_is_up_and_goes_on_later(food, tmp_path, monkeypatch, capsys):
     wanted = train(food, tmp_path / "whole")
-    clock = iter(range(0, 100_000, 60))
+    clock = iter(range(0, 100_000, 60))  # a minute passes at each look
     with monkeypatch.context() as patch:
         patch.setattr(h, "SESSION_START", 0)
         patch.setattr(h.time, "time", lambda: next(clock))
         history, _ = train(food, tmp_path / "cut", time_limit_h=0.05)  # 180 s, 18 of them kept free
-    assert len(history) == 3 and "ends after epoch 3 of 4" in capsys.readouterr().out
+    assert len(history) == 3
+    assert "ends after epoch 3 of 4" in capsys.readouterr().out
     assert train(food, tmp_path / "cut") == wanted
 
 
 def test_a_stage_for_which_no_time_is_left_still_ends_in_a_csv(food, tmp_path, monkeypatch):
     monkeypatch.setattr(h, "SESSION_START", time.time() - 3600)
     (run,) = h.run(h.find_data(food), ["simple"], out=tmp_path, **SMALL, time_limit_h=0.5)
-    assert len(run.history) == 0 and h.validate_submission(run.csv, 5) == 5 and run.student()
-    assert h.stage_table([run]).loc["simple", "epochs"] == 0 and h.plot_history([run])
+    assert len(run.history) == 0
+    assert h.validate_submission(run.csv, 5) == 5
+    assert run.student()
+    # The table and the curves of no epochs are made as well.
+    assert h.stage_table([run]).loc["simple", "epochs"] == 0
+    assert h.plot_history([run])
 
 
 def test_the_limit_is_kaggles_own_there_and_none_elsewhere(monkeypatch, tmp_path):
-    cfg, cpu = h.Config(), torch.device("cpu")
+    cfg = h.Config()
+    cpu = torch.device("cpu")
     monkeypatch.setattr(h, "SESSION_START", time.time() - 11.6 * 3600)
     assert not h.time_is_up(cfg, [], cpu)
     (tmp_path / "working").mkdir()
     monkeypatch.setenv("HW13_KAGGLE", str(tmp_path))
-    assert h.time_is_up(cfg, [], cpu) and not h.time_is_up(
-        dataclasses.replace(cfg, time_limit_h=20.0), [], cpu
-    )
+    assert h.time_is_up(cfg, [], cpu)
+    # A limit that is set counts instead.
+    longer = dataclasses.replace(cfg, time_limit_h=20.0)
+    assert not h.time_is_up(longer, [], cpu)
+    # Before the limit it depends on how long an epoch takes.
     monkeypatch.setattr(h, "SESSION_START", time.time() - 9 * 3600)
-    assert not h.time_is_up(cfg, [{"seconds": 60}], cpu) and h.time_is_up(
-        cfg, [{"seconds": 5000}], cpu
-    )
+    assert not h.time_is_up(cfg, [{"seconds": 60}], cpu)
+    assert h.time_is_up(cfg, [{"seconds": 5000}], cpu)
 
 
 # --- the stop button ------------------------------------------------------------------------------
@@ -327,8 +346,9 @@ def test_the_limit_is_kaggles_own_there_and_none_elsewhere(monkeypatch, tmp_path
 def test_the_stop_button_leaves_the_best_student_and_the_cell_goes_on(
     food, tmp_path, monkeypatch, capsys
 ):
-    wanted = train(food, tmp_path / "whole")
-    original, calls = h.BatchLoader.views_of, []
+    _, wanted = train(food, tmp_path / "whole")
+    original = h.BatchLoader.views_of
+    calls = []
 
     def interrupted(loader, rows, draw=None):
         calls.append(1)
@@ -336,21 +356,23 @@ def test_the_stop_button_leaves_the_best_student_and_the_cell_goes_on(
             raise KeyboardInterrupt
         return original(loader, rows, draw)
 
+    def no_bar(total, desc, initial=0):
+        return h.tqdm(total=total, disable=True)
+
     with monkeypatch.context() as patch:
         patch.setattr(h.BatchLoader, "views_of", interrupted)
         patch.setattr(h, "in_notebook", lambda: True)
-        patch.setattr(
-            h, "progress_bar", lambda total, desc, initial=0: h.tqdm(total=total, disable=True)
-        )
-        run = h.run_stage(h.get_config("simple", **SMALL), h.find_data(food), out=tmp_path / "cut")
-    assert len(run.history) == 2 and h.validate_submission(run.csv, 5) == 5
+        patch.setattr(h, "progress_bar", no_bar)
+        run = simple_stage(h.find_data(food), tmp_path / "cut")
+    assert len(run.history) == 2
+    assert h.validate_submission(run.csv, 5) == 5
     assert "stopped after epoch 2" in capsys.readouterr().out
-    again = h.run_stage(h.get_config("simple", **SMALL), h.find_data(food), out=tmp_path / "cut")
-    assert h.state_checksum(again.student()) == wanted[1]
+    again = simple_stage(h.find_data(food), tmp_path / "cut")
+    assert h.state_checksum(again.student()) == wanted
 
 
 def test_without_a_notebook_an_interrupt_stays_one(food, tmp_path, monkeypatch):
-    monkeypatch.setattr(h, "train_one_epoch", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(h, "train_one_epoch", failing(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         train(food, tmp_path / "run")
 
@@ -369,47 +391,56 @@ def kaggle(tmp_path, food, monkeypatch):
     return root
 
 
+def end_session(kaggle, folder):
+    """Move what the session has written, and begin another one with nothing."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    (kaggle / "working").rename(folder)
+    (kaggle / "working").mkdir()
+
+
 def test_an_earlier_sessions_output_is_gone_on_from(kaggle, tmp_path, capsys):
     data = h.find_data()
-    wanted = h.run_stage(h.get_config("simple", **SMALL), data, out=tmp_path / "whole")
-    h.run_stage(h.get_config("simple", **SMALL | {"n_epochs": 2}), data)
+    wanted = simple_stage(data, tmp_path / "whole")
+    simple_stage(data, n_epochs=2)
     earlier = kaggle / "input/datasets/somebody/first-session"
-    earlier.parent.mkdir(parents=True)
-    (kaggle / "working").rename(earlier)
-    (kaggle / "working").mkdir()
-    for path in sorted(earlier.rglob("*")) + [earlier]:
-        path.chmod(0o555 if path.is_dir() else 0o444)
+    end_session(kaggle, earlier)
+    # Kaggle's inputs can only be read.
+    attached = [*sorted(earlier.rglob("*")), earlier]
+    for path in attached:
+        mode = 0o555 if path.is_dir() else 0o444
+        path.chmod(mode)
     capsys.readouterr()
-    run = h.run_stage(h.get_config("simple", **SMALL), data)
+    run = simple_stage(data)
     out = capsys.readouterr().out
     assert f"goes on after epoch 2 from {earlier / 'simple'}" in out
-    assert run.folder == kaggle / "working/simple" and len(run.history) == 4
+    assert run.folder == kaggle / "working/simple"
+    assert len(run.history) == 4
     assert h.state_checksum(run.student()) == h.state_checksum(wanted.student())
-    for path in sorted(earlier.rglob("*")) + [earlier]:
+    for path in attached:
         path.chmod(0o755)
 
 
 def test_a_run_begun_without_the_input_does_not_hide_it(kaggle, capsys):
     data = h.find_data()
-    h.run_stage(h.get_config("simple", **SMALL | {"n_epochs": 3}), data)
-    (kaggle / "working").rename(kaggle / "input/first")
-    (kaggle / "working").mkdir()
-    (kaggle / "input/first").rename(kaggle / "elsewhere")
-    h.run_stage(h.get_config("simple", **SMALL | {"n_epochs": 1}), data)
+    simple_stage(data, n_epochs=3)
+    end_session(kaggle, kaggle / "elsewhere")
+    simple_stage(data, n_epochs=1)
+    # Now the input is attached.
     (kaggle / "elsewhere").rename(kaggle / "input/first")
     capsys.readouterr()
-    h.run_stage(h.get_config("simple", **SMALL), data)
+    simple_stage(data)
     assert "goes on after epoch 3 from" in capsys.readouterr().out
 
 
 def test_an_earlier_session_with_other_settings_is_ignored_and_said(kaggle, capsys):
     data = h.find_data()
-    h.run_stage(h.get_config("simple", **SMALL | {"lr": 0.5}), data)
-    (kaggle / "working").rename(kaggle / "input/first")
-    (kaggle / "working").mkdir()
-    run = h.run_stage(h.get_config("simple", **SMALL), data)
+    simple_stage(data, lr=0.5)
+    end_session(kaggle, kaggle / "input/first")
+    run = simple_stage(data)
     out = capsys.readouterr().out
-    assert "ignored: " in out and "lr 0.5 (now 0.001)" in out and len(run.history) == 4
+    assert "ignored: " in out
+    assert "lr 0.5 (now 0.001)" in out
+    assert len(run.history) == 4
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -424,18 +455,12 @@ def test_an_earlier_session_with_other_settings_is_ignored_and_said(kaggle, caps
     ],
 )
 def test_out_of_memory_names_the_settings_that_would_fit(food, monkeypatch, error):
-    def hungry(*args):
-        raise error
-
-    monkeypatch.setattr(h, "train_one_epoch", hungry)
-    with pytest.raises(
-        h.UserError,
-        match="simple: out of memory with batch_size=8, image_size=64: set batch_size=4",
-    ):
+    monkeypatch.setattr(h, "train_one_epoch", failing(error))
+    sentence = "simple: out of memory with batch_size=8, image_size=64: set batch_size=4"
+    with pytest.raises(h.UserError, match=sentence):
         train(food, None)
-    monkeypatch.setattr(
-        h, "train_one_epoch", lambda *a: (_ for _ in ()).throw(RuntimeError("a bug"))
-    )
+    # Any other error stays what it is.
+    monkeypatch.setattr(h, "train_one_epoch", failing(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         train(food, None)
 
@@ -450,31 +475,22 @@ def test_the_final_fit_repeats_a_stage_on_all_labelled_images(food, tmp_path, ca
     path = h.final_fit(run, data, out=tmp_path)
     out = capsys.readouterr().out
     best = int(run.history["valid_acc"].argmax()) + 1
-    assert (
-        f"for {best} epochs on 33 images; it has no validation score" in out
-        and "simple_final" in out
-    )
-    assert (
-        h.validate_submission(path, 5) == 5 and (tmp_path / "submission.csv").read_bytes() == before
-    )
-    log = (tmp_path / "simple_final/log.csv").read_text().splitlines()
-    assert len(log) == best + 1 and log[1].split(",")[5] == ""
+    assert f"for {best} epochs on 33 images; it has no validation score" in out
+    assert "simple_final" in out
+    assert h.validate_submission(path, 5) == 5
+    assert (tmp_path / "submission.csv").read_bytes() == before
+    log = pd.read_csv(tmp_path / "simple_final/log.csv")
+    assert len(log) == best
+    assert log["valid_acc"].isna().all()
+    # Without a validation score the last student is the best one.
     state = torch.load(tmp_path / "simple_final/last.ckpt", weights_only=True)
-    assert all(torch.equal(v, state["loss_fn"][f"student.{k}"]) for k, v in state["best"].items())
+    for name, value in state["best"].items():
+        assert torch.equal(value, state["loss_fn"][f"student.{name}"]), name
     h.final_fit(run, data, out=tmp_path, submit_it=True)
     assert (tmp_path / "submission.csv").read_bytes() == path.read_bytes()
-    assert (
-        h.main(
-            [
-                "evaluate",
-                "--data",
-                str(food),
-                "--checkpoint",
-                str(tmp_path / "simple_final/student_best.ckpt"),
-            ]
-        )
-        == 2
-    )
+    checkpoint = tmp_path / "simple_final/student_best.ckpt"
+    code = h.main(["evaluate", "--data", str(food), "--checkpoint", str(checkpoint)])
+    assert code == 2
     assert "it has no validation accuracy" in capsys.readouterr().err
 
 
@@ -483,21 +499,22 @@ def test_the_final_fit_follows_a_stage_that_went_on_and_submits_nothing_unfinish
 ):
     data = h.find_data(food)
     (run,) = h.run(data, ["simple"], out=tmp_path, final="csv", **SMALL)
-    moved = dataclasses.replace(run, history=run.history.assign(valid_acc=[0.0, 0.1, 0.2, 0.3]))
+    # The stage's best epoch is now its last.
+    history = run.history.assign(valid_acc=[0.0, 0.1, 0.2, 0.3])
+    moved = dataclasses.replace(run, history=history)
     assert h.final_fit(moved, data, out=tmp_path) == tmp_path / "simple_final.csv"
     assert "for 4 epochs" in capsys.readouterr().out
     (tmp_path / "simple_final.csv").unlink()
     before = (tmp_path / "submission.csv").read_bytes()
     monkeypatch.setattr(h, "time_is_up", lambda *a: True)
     assert h.final_fit(moved, data, out=tmp_path, fresh=True, submit_it=True) is None
-    assert (
-        h.final_fit(dataclasses.replace(run, history=run.history[:0]), data, out=tmp_path) is None
-    )
+    never_trained = dataclasses.replace(run, history=run.history[:0])
+    assert h.final_fit(never_trained, data, out=tmp_path) is None
     out = capsys.readouterr().out
-    assert "not finished, so no CSV is written" in out and "no final fit" in out
-    assert (tmp_path / "submission.csv").read_bytes() == before and not (
-        tmp_path / "simple_final.csv"
-    ).exists()
+    assert "not finished, so no CSV is written" in out
+    assert "no final fit" in out
+    assert (tmp_path / "submission.csv").read_bytes() == before
+    assert not (tmp_path / "simple_final.csv").exists()
 
 
 def test_stages_after_an_unfinished_one_wait_and_a_half_trained_teacher_does_not_teach(
@@ -505,20 +522,25 @@ def test_stages_after_an_unfinished_one_wait_and_a_half_trained_teacher_does_not
 ):
     data = h.find_data(food)
     monkeypatch.setattr(h, "time_is_up", lambda cfg, history, device: len(history) == 2)
-    configs = {
-        "simple": h.STAGES["simple"],
-        "second": dataclasses.replace(h.STAGES["simple"], exp_name="second"),
-    }
-    monkeypatch.setattr(h, "STAGES", configs)
+    simple = h.STAGES["simple"]
+    second = dataclasses.replace(simple, exp_name="second")
+    monkeypatch.setattr(h, "STAGES", {"simple": simple, "second": second})
     runs = h.run(data, ["simple", "second"], out=tmp_path, **SMALL)
-    assert [run.name for run in runs] == [
-        "simple"
-    ] and "left for the next time" in capsys.readouterr().out
+    assert [run.name for run in runs] == ["simple"]
+    assert "left for the next time" in capsys.readouterr().out
+    small_teacher = dataclasses.replace(h.TEACHER_CONFIG, **SMALL)
     with pytest.raises(h.UserError, match="half-trained one must not teach"):
-        h.train_teacher(data, tmp_path, dataclasses.replace(h.TEACHER_CONFIG, **SMALL))
+        h.train_teacher(data, tmp_path, small_teacher)
 
 
 # --- values ---------------------------------------------------------------------------------------
+
+COMMANDS = ["run", "evaluate", "predict", "validate", "export-"]
+STAGE_WORDS = ["--demo-", "--out", "--stages", "simple", "boss,boss", "--teacher"]
+SETTINGS = ["--set", "lr=1", "lr=", "=", "lr=nan", "widths=1,2", "depths=(1,)", "student=resnet50"]
+ROWS = ["--fresh", "--rows", "3", "-1", "x", "", "\x00"]
+LENGTHS = ["--length", "full", "long", "--final", "csv", "--tta"]
+VALUES = ["crop_scale=0.5,0.2", "n_epochs=1e9", "time_limit_h=-1", "é"]
 
 
 def test_random_arguments_give_one_sentence_and_no_run(food, tmp_path, monkeypatch, capsys):
@@ -529,57 +551,18 @@ def test_random_arguments_give_one_sentence_and_no_run(food, tmp_path, monkeypat
     monkeypatch.setattr(h, "run", lambda *a, **k: [])
     monkeypatch.setattr(h, "stage_table", lambda runs: h.pd.DataFrame())
     rng = random.Random(1)
-    words = [
-        "run",
-        "evaluate",
-        "predict",
-        "validate",
-        "export-",
-        "--data",
-        str(food),
-        "--demo-",
-        "--out",
-        "--stages",
-        "simple",
-        "boss,boss",
-        "--teacher",
-        "--set",
-        "lr=1",
-        "lr=",
-        "=",
-        "lr=nan",
-        "widths=1,2",
-        "depths=(1,)",
-        "student=resnet50",
-        "--fresh",
-        "--rows",
-        "3",
-        "-1",
-        "x",
-        "",
-        "\x00",
-        "--length",
-        "full",
-        "long",
-        "--final",
-        "csv",
-        "--tta",
-        "--checkpoint",
-        str(food),
-        "crop_scale=0.5,0.2",
-        "n_epochs=1e9",
-        "time_limit_h=-1",
-        "é",
-    ]
+    words = [*COMMANDS, "--data", str(food), *STAGE_WORDS, *SETTINGS, *ROWS, *LENGTHS]
+    words += ["--checkpoint", str(food), *VALUES]
     refused = 0
     for _ in range(600):
-        arguments = [rng.choice(words[:5])] + [rng.choice(words) for _ in range(rng.randint(0, 6))]
+        command = rng.choice(COMMANDS)
+        more = [rng.choice(words) for _ in range(rng.randint(0, 6))]
+        arguments = [command, *more]
         code = h.main(arguments)
         captured = capsys.readouterr()
         assert code in (0, 2), arguments
         if code == 2:
             refused += 1
-            assert captured.err.startswith("helpers.py: ") and captured.err.count("\n") == 1, (
-                arguments
-            )
+            assert captured.err.startswith("helpers.py: "), arguments
+            assert captured.err.count("\n") == 1, arguments
     assert refused > 500

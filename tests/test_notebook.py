@@ -15,15 +15,29 @@ import helpers as h
 
 COMMITTED = nbformat.read(ROOT / h.NOTEBOOK, as_version=4)
 
+# Every key of a kernel-metadata.json.
+METADATA = {"id", "title", "code_file", "language", "kernel_type", "is_private"}
+METADATA |= {"enable_gpu", "enable_internet"}
+METADATA |= {"dataset_sources", "competition_sources", "kernel_sources", "model_sources"}
+
 
 def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def assert_ran_well(notebook):
+def outputs(notebook):
+    """The outputs of all cells, one after the other."""
+    found = []
     for cell in code_cells(notebook):
-        for output in cell.outputs:
-            assert output.output_type != "error" and output.get("name") != "stderr", output
+        found += cell.outputs
+    return found
+
+
+def assert_ran_well(notebook):
+    """No cell ended in an error, and none wrote to stderr."""
+    for output in outputs(notebook):
+        assert output.output_type != "error", output
+        assert output.get("name") != "stderr", output
 
 
 def test_the_committed_notebook_is_small_and_clean():
@@ -33,61 +47,65 @@ def test_the_committed_notebook_is_small_and_clean():
     for cell in code_cells(COMMITTED):
         lines = [line for line in cell.source.splitlines() if line.strip()]
         assert len(lines) <= 8, cell.source
-        assert cell.execution_count is None and cell.metadata == {}
+        assert cell.execution_count is None
+        assert cell.metadata == {}
     assert COMMITTED.metadata.keys() == {"kernelspec", "language_info"}
 
 
 def test_the_committed_outputs_are_of_the_demo_set_and_hold_no_path_of_a_machine():
-    text = json.dumps([cell.outputs for cell in code_cells(COMMITTED)])
-    assert "DEMO: drawn shapes" in text and not re.search(r"/(tmp|home|root|kaggle|work)/", text)
+    text = json.dumps(outputs(COMMITTED))
+    assert "DEMO: drawn shapes" in text
+    assert not re.search(r"/(tmp|home|root|kaggle|work)/", text)
+
+
+def sections(notebook):
+    """{number: cells} of the sections that a heading of the form `## 3 ` begins."""
+    found = {}
+    current = []  # what stands before the first heading belongs to no section
+    for cell in notebook.cells:
+        heading = re.match(r"## (\d+) ", cell.source)
+        if cell.cell_type == "markdown" and heading:
+            current = found.setdefault(int(heading[1]), [])
+        current.append(cell)
+    return found
 
 
 def test_every_section_ends_in_something_to_look_at():
-    sections, current = {}, None
-    for cell in COMMITTED.cells:
-        heading = re.match(r"## (\d+) ", cell.source) if cell.cell_type == "markdown" else None
-        current = heading[1] if heading else current
-        sections.setdefault(current, []).append(cell)
-    assert [int(k) for k in sections if k] == list(range(12))
+    found = sections(COMMITTED)
+    assert list(found) == list(range(12))
     for number in range(1, 11):
-        kinds = {
-            kind
-            for cell in code_cells(nbformat.v4.new_notebook(cells=sections[str(number)]))
-            for output in cell.outputs
-            for kind in output.get("data", {})
-        }
+        kinds = set()
+        for output in outputs(nbformat.v4.new_notebook(cells=found[number])):
+            kinds |= output.get("data", {}).keys()
         assert kinds & {"image/png", "text/html"}, f"section {number} shows no picture or table"
 
 
 def test_shown_code_is_never_a_copy():
     source = "\n".join(cell.source for cell in code_cells(COMMITTED))
-    assert (
-        "show_source(h.loss_fn_kd)" in source
-        and "def " not in source
-        and source.count("import helpers") == 1
-    )
+    assert "show_source(h.loss_fn_kd)" in source
+    assert "def " not in source
+    assert source.count("import helpers") == 1
 
 
 def test_the_notebook_runs_in_a_bare_folder(tmp_path):
     for name in (h.NOTEBOOK, "helpers.py"):
         shutil.copy(ROOT / name, tmp_path)
-    notebook, _ = execute(h.NOTEBOOK, tmp_path, HW13_FAST="1", HW13_CACHE=str(tmp_path / "cache"))
+    environment = {"HW13_FAST": "1", "HW13_CACHE": str(tmp_path / "cache")}
+    notebook, _ = execute(h.NOTEBOOK, tmp_path, **environment)
     assert_ran_well(notebook)
-    assert h.validate_submission(tmp_path / "submission/submission_demo.csv", 44) == 44
-    assert not (tmp_path / "submission/submission.csv").exists()
-    assert {p.name for p in (tmp_path / "submission/demo").iterdir() if p.is_dir()} == {
-        "teacher",
-        *h.STAGES,
-    }
+    results = tmp_path / "submission"
+    assert h.validate_submission(results / "submission_demo.csv", 44) == 44
+    assert not (results / "submission.csv").exists()
+    folders = {path.name for path in (results / "demo").iterdir() if path.is_dir()}
+    assert folders == {"teacher", *h.STAGES}
 
 
 def test_the_committed_kaggle_notebook_is_the_current_one(tmp_path):
     (tmp_path / "submission").mkdir()
     shutil.copy(ROOT / h.NOTEBOOK, tmp_path)
     path = h.export_notebook(tmp_path)
-    assert path.read_text() == (ROOT / h.KAGGLE_NOTEBOOK).read_text(), (
-        "run python helpers.py export"
-    )
+    committed = (ROOT / h.KAGGLE_NOTEBOOK).read_text()
+    assert path.read_text() == committed, "run python helpers.py export"
     nbformat.validate(nbformat.read(path, as_version=4))
     with pytest.raises(FileNotFoundError, match="hw13_distill.ipynb"):
         h.export_notebook(tmp_path / "submission")
@@ -96,20 +114,17 @@ def test_the_committed_kaggle_notebook_is_the_current_one(tmp_path):
 def test_the_kaggle_notebook_runs_alone_on_a_mounted_input(food, teacher_file, tmp_path):
     """As on Kaggle: one file in the working folder, data and teacher under input, nothing else."""
     kaggle = tmp_path / "kaggle"
-    (kaggle / "working").mkdir(parents=True)
+    working = kaggle / "working"
+    working.mkdir(parents=True)
     shutil.copytree(food, kaggle / "input/competitions/ml2023spring-hw13/Food-11")
-    shutil.copy(ROOT / h.KAGGLE_NOTEBOOK, kaggle / "working/notebook.ipynb")
-    notebook, _ = execute(
-        "notebook.ipynb",
-        kaggle / "working",
-        HW13_FAST="1",
-        HW13_KAGGLE=str(kaggle),
-        HW13_CACHE=str(tmp_path / "cache"),
-    )
+    shutil.copy(ROOT / h.KAGGLE_NOTEBOOK, working / "notebook.ipynb")
+    environment = {"HW13_FAST": "1", "HW13_CACHE": str(tmp_path / "cache")}
+    notebook, _ = execute("notebook.ipynb", working, HW13_KAGGLE=str(kaggle), **environment)
     assert_ran_well(notebook)
-    names = {p.name for p in (kaggle / "working").iterdir()}
-    assert {"helpers.py", "submission.csv", *(f"{stage}.csv" for stage in h.STAGES)} <= names
-    assert h.validate_submission(kaggle / "working/submission.csv", 5) == 5
+    names = {path.name for path in working.iterdir()}
+    assert {"helpers.py", "submission.csv"} <= names
+    assert {f"{stage}.csv" for stage in h.STAGES} <= names
+    assert h.validate_submission(working / "submission.csv", 5) == 5
 
 
 def test_the_metadata_for_kaggle_names_the_notebook_and_the_competition():
@@ -118,26 +133,11 @@ def test_the_metadata_for_kaggle_names_the_notebook_and_the_competition():
     """
     path = (ROOT / h.KAGGLE_NOTEBOOK).with_name("kernel-metadata.json")
     meta = json.loads(path.read_text())
-    assert meta.keys() == {
-        "id",
-        "title",
-        "code_file",
-        "language",
-        "kernel_type",
-        "is_private",
-        "enable_gpu",
-        "enable_internet",
-        "dataset_sources",
-        "competition_sources",
-        "kernel_sources",
-        "model_sources",
-    }
+    assert meta.keys() == METADATA
     assert path.with_name(meta["code_file"]).samefile(ROOT / h.KAGGLE_NOTEBOOK)
-    assert meta["competition_sources"] == [h.COMPETITION] and meta["id"].split("/")[1] == "-".join(
-        meta["title"].lower().split()
-    )
-    assert (meta["enable_gpu"], meta["enable_internet"], meta["kernel_type"]) == (
-        "true",
-        "false",
-        "notebook",
-    )
+    assert meta["competition_sources"] == [h.COMPETITION]
+    slug = "-".join(meta["title"].lower().split())
+    assert meta["id"].split("/")[1] == slug
+    assert meta["enable_gpu"] == "true"
+    assert meta["enable_internet"] == "false"
+    assert meta["kernel_type"] == "notebook"

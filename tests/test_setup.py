@@ -11,28 +11,33 @@ import helpers as h
 
 
 def test_published_values_of_the_stages():
-    simple, medium, boss = (h.STAGES[name] for name in ("simple", "medium", "boss"))
-    assert (simple.n_epochs, simple.loss_fn_type, simple.batch_size, simple.lr) == (
-        10,
-        "CE",
-        64,
-        3e-4,
-    )
-    assert (simple.seed, simple.weight_decay, simple.grad_norm_max, simple.patience) == (
-        20220013,
-        1e-5,
-        10,
-        300,
-    )
-    assert (medium.loss_fn_type, medium.alpha, medium.temperature, medium.n_epochs) == (
-        "KD",
-        0.5,
-        20.0,
-        700,
-    )
-    assert boss.n_epochs == 600 and boss.crop_scale == (0.7, 1.0)
-    assert (boss.hflip, boss.vflip, boss.rotation, boss.affine) == (0.5, 0.5, 180, 30)
-    assert boss.align_weights == (3, 2, 1) and boss.loss_schedule == "handover"
+    simple = h.STAGES["simple"]
+    assert simple.n_epochs == 10
+    assert simple.loss_fn_type == "CE"
+    assert simple.batch_size == 64
+    assert simple.lr == 3e-4
+    assert simple.seed == 20220013
+    assert simple.weight_decay == 1e-5
+    assert simple.grad_norm_max == 10
+    assert simple.patience == 300
+
+    medium = h.STAGES["medium"]
+    assert medium.loss_fn_type == "KD"
+    assert medium.alpha == 0.5
+    assert medium.temperature == 20.0
+    assert medium.n_epochs == 700
+
+    boss = h.STAGES["boss"]
+    assert boss.n_epochs == 600
+    assert boss.crop_scale == (0.7, 1.0)
+    assert boss.hflip == 0.5
+    assert boss.vflip == 0.5
+    assert boss.rotation == 180
+    assert boss.affine == 30
+    assert boss.align_weights == (3, 2, 1)
+    assert boss.loss_schedule == "handover"
+
+    # All but the first stage learn from a teacher.
     assert [cfg.needs_teacher for cfg in h.STAGES.values()] == [False, True, True, True, True]
 
 
@@ -59,7 +64,8 @@ def test_the_variable_for_tests_shortens_a_run_and_says_so(monkeypatch, capsys):
     assert "HW13_FAST is set" in capsys.readouterr().out
     assert h.get_config("boss", "fast").n_epochs == 1
     monkeypatch.delenv("HW13_FAST")
-    assert h.chosen_length("lesson") == "lesson" and h.chosen_length() == "full"
+    assert h.chosen_length("lesson") == "lesson"
+    assert h.chosen_length() == "full"
 
 
 def test_unknown_length_is_named():
@@ -70,7 +76,10 @@ def test_unknown_length_is_named():
 def test_diff_configs_prints_only_what_changes(capsys):
     h.diff_configs(h.STAGES["simple"], h.STAGES["medium"])
     out = capsys.readouterr().out
-    assert "loss_fn_type" in out and "n_epochs" in out and "700" in out and "batch_size" not in out
+    assert "loss_fn_type" in out
+    assert "n_epochs" in out
+    assert "700" in out
+    assert "batch_size" not in out
     h.diff_configs(h.STAGES["simple"], h.STAGES["simple"])
     assert capsys.readouterr().out == "no difference\n"
 
@@ -125,46 +134,26 @@ def test_settings_that_do_not_go_together(settings):
         h.Config(**settings)
 
 
+# Right for some key, or for none.
+VALUES = [None, True, -1, 0, 1, 7, 2**40, -0.5, 0.3, 1e9, float("inf"), "", "CE", "x" * 100]
+VALUES += [(), (1,), (0.5, 0.2), (1, 2, 3), [64, 64, 64], {}, object(), b"1", ("a",)]
+VALUES += [float("nan"), (None, None), (True, 1)]
+
+
 def test_random_values_give_one_sentence_or_a_usable_config():
     rng = random.Random(0)
-    values = [
-        None,
-        True,
-        -1,
-        0,
-        1,
-        7,
-        2**40,
-        -0.5,
-        0.3,
-        1e9,
-        float("inf"),
-        "",
-        "CE",
-        "x" * 100,
-        (),
-        (1,),
-        (0.5, 0.2),
-        (1, 2, 3),
-        [64, 64, 64],
-        {},
-        object(),
-        b"1",
-        ("a",),
-        float("nan"),
-        (None, None),
-        (True, 1),
-    ]
     fields = [f.name for f in dataclasses.fields(h.Config)]
     refused = 0
     for _ in range(3000):
-        settings = {rng.choice(fields): rng.choice(values) for _ in range(rng.randint(1, 3))}
+        settings = {rng.choice(fields): rng.choice(VALUES) for _ in range(rng.randint(1, 3))}
         try:
             cfg = h.Config(**settings)
         except h.UserError as error:
             refused += 1
-            assert "allowed" in str(error) and "\n" not in str(error)
+            assert "allowed" in str(error)
+            assert "\n" not in str(error)
         else:
+            # What is taken has the type of the default, whatever it was given as.
             for f in dataclasses.fields(cfg):
                 assert type(getattr(cfg, f.name)) is type(f.default)
     assert refused > 1000
@@ -202,7 +191,8 @@ def test_written_whole_leaves_the_old_file_when_the_writer_fails(tmp_path):
     with pytest.raises(RuntimeError), h.written_whole(path) as temporary:
         temporary.write_text("half")
         raise RuntimeError
-    assert path.read_text() == "old" and [p.name for p in path.parent.iterdir()] == ["file.txt"]
+    assert path.read_text() == "old"
+    assert list(path.parent.iterdir()) == [path]  # and no temporary file beside it
 
 
 def test_written_whole_says_so_where_it_cannot_write(tmp_path):
@@ -212,6 +202,8 @@ def test_written_whole_says_so_where_it_cannot_write(tmp_path):
 
 
 class _Evil:
+    """Unpickled without care, it opens a file to write."""
+
     def __reduce__(self):
         return (open, ("hacked.txt", "w"))
 
@@ -230,16 +222,18 @@ def test_a_pickle_that_would_run_code_is_not_loaded(tmp_path, monkeypatch):
 
 
 def test_a_truncated_checkpoint_is_named(tmp_path):
-    torch.save({"a": torch.zeros(1000)}, tmp_path / "a.ckpt")
-    (tmp_path / "b.ckpt").write_bytes((tmp_path / "a.ckpt").read_bytes()[:1500])
+    path = tmp_path / "a.ckpt"
+    torch.save({"a": torch.zeros(1000)}, path)
+    path.write_bytes(path.read_bytes()[:1500])
     with pytest.raises(h.UserError, match="damaged"):
-        h.load_file(tmp_path / "b.ckpt")
+        h.load_file(path)
     with pytest.raises(h.UserError, match="no file"):
         h.load_file(tmp_path / "c.ckpt")
 
 
 def test_amp_asks_the_capability_not_the_emulation(monkeypatch):
     device = torch.device("cuda")
+    # torch says True of cards that only emulate bf16, which is slow.
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *a: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: (7, 5))
     assert h.amp_dtype(device) is torch.float16
@@ -258,6 +252,7 @@ def test_a_gpu_that_runs_no_kernel_is_named(monkeypatch):
     monkeypatch.setattr(torch, "ones", broken)
     with pytest.raises(h.UserError, match="Tesla P100 cannot run torch"):
         h.pick_device()
+    # The second process of a node with one GPU.
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(h.UserError, match="there are 1 GPUs"):
         h.pick_device()

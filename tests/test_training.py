@@ -413,15 +413,19 @@ def test_stored_views_go_on_after_a_kill(food, teacher_file):
 
 def test_run_stage_refuses_a_student_above_the_limit_before_any_work(food, tmp_path, monkeypatch):
     monkeypatch.setattr(h, "load_data", lambda *a: pytest.fail("decoded"))
-    cfg = h.get_config("strong", widths=(24, 32, 60))
+    data = h.find_data(food)
+    out = tmp_path / "out"
+    widths = (24, 32, 60)
     with pytest.raises(ValueError, match="homework allows 60,000"):
-        h.run_stage(cfg, h.find_data(food), out=tmp_path / "out")
+        h.run_stage(h.get_config("strong", widths=widths), data, out=out)
     with pytest.raises(ValueError, match="homework allows 60,000"):
-        h.run(h.find_data(food), ["strong"], out=tmp_path / "out", widths=(24, 32, 60))
-    assert not (tmp_path / "out").exists()
+        h.run(data, ["strong"], out=out, widths=widths)
+    assert not out.exists()
 
 
 def test_a_changed_teacher_is_an_error(food, teacher_file, tmp_path, monkeypatch, tiny):
+    cfg = h.get_config("medium", **tiny)
+    data = h.find_data(food)
     teacher = h.load_teacher(teacher_file)
     original = h.fit
 
@@ -433,42 +437,55 @@ def test_a_changed_teacher_is_an_error(food, teacher_file, tmp_path, monkeypatch
 
     monkeypatch.setattr(h, "fit", fit)
     with pytest.raises(RuntimeError, match="changed the teacher"):
-        h.run_stage(h.get_config("medium", **tiny), h.find_data(food), teacher, tmp_path)
+        h.run_stage(cfg, data, teacher, tmp_path)
 
 
 def test_run_says_what_is_wrong_with_a_later_stage_before_the_first_trains(
     food, teacher_file, tmp_path, monkeypatch, tiny
 ):
-    h.run(h.find_data(food), ["strong"], out=tmp_path, **tiny)
+    data = h.find_data(food)
+    h.run(data, ["strong"], out=tmp_path, **tiny)
     monkeypatch.setattr(h, "fit", lambda *a: pytest.fail("trained"))
+    changed = tiny | {"lr": 0.5}
     with pytest.raises(h.UserError, match="other settings"):
-        h.run(h.find_data(food), ["simple", "strong"], out=tmp_path, **tiny | {"lr": 0.5})
+        h.run(data, ["simple", "strong"], out=tmp_path, **changed)
 
 
 def test_run_without_a_teacher_leaves_stages_out_and_says_so(food, tmp_path, capsys, tiny):
-    runs = h.run(h.find_data(food), out=tmp_path, **tiny)
+    data = h.find_data(food)
+    runs = h.run(data, out=tmp_path, **tiny)
     assert [run.name for run in runs] == ["simple"]
     out = capsys.readouterr().out
-    assert out.count("left out, for it needs a teacher") == 4 and h.TEACHER_FILE in out
+    assert out.count("left out, for it needs a teacher") == 4
+    assert h.TEACHER_FILE in out
     with pytest.raises(h.UserError, match="no stage could run without a teacher"):
-        h.run(h.find_data(food), ["boss"], out=tmp_path, **tiny)
+        h.run(data, ["boss"], out=tmp_path, **tiny)
 
 
 def test_all_stages_end_in_a_table_and_a_submission(food, teacher_file, tmp_path, capsys):
+    data = h.find_data(food)
     settings = {"image_size": 64, "n_epochs": 1, "batch_size": 8}
-    runs = h.run(h.find_data(food), out=tmp_path, **settings)
+    runs = h.run(data, out=tmp_path, **settings)
+    for run in runs:
+        assert h.validate_submission(run.csv, 5) == 5
+        assert run.folder == tmp_path / run.name
+
     table = h.stage_table(runs)
-    assert list(table.index) == list(h.STAGES) and (table["parameters"] <= h.PARAM_LIMIT).all()
-    assert table["+- s.e."].iloc[0] == round(h.standard_error(runs[0].valid_acc, 11), 4)
+    assert list(table.index) == list(h.STAGES)
+    assert (table["parameters"] <= h.PARAM_LIMIT).all()
+    error = h.standard_error(runs[0].valid_acc, 11)
+    assert table["+- s.e."].iloc[0] == round(error, 4)
+
     best = max(runs, key=lambda run: run.valid_acc)
     assert (tmp_path / "submission.csv").read_bytes() == best.csv.read_bytes()
-    for run in runs:
-        assert h.validate_submission(run.csv, 5) == 5 and run.folder == tmp_path / run.name
-    capsys.readouterr()
-    h.run(h.find_data(food), out=tmp_path, **settings)
-    assert capsys.readouterr().out.count("finished before, loaded") == 5
     saved = json.loads((tmp_path / "boss/config.json").read_text())
-    assert saved["config"]["n_epochs"] == 1 and len(saved["teacher_checksum"]) == 64
+    assert saved["config"]["n_epochs"] == 1
+    assert len(saved["teacher_checksum"]) == 64  # SHA-256 in hexadecimal
+
+    # A second time, nothing is left to train.
+    capsys.readouterr()
+    h.run(data, out=tmp_path, **settings)
+    assert capsys.readouterr().out.count("finished before, loaded") == 5
 
 
 def test_a_public_copy_gets_an_accuracy_but_no_submission(tmp_path, capsys, tiny):
@@ -477,12 +494,11 @@ def test_a_public_copy_gets_an_accuracy_but_no_submission(tmp_path, capsys, tiny
     data = h.find_data(public_copy(tmp_path / "copy"))
     (run,) = h.run(data, ["simple"], out=tmp_path / "out", **tiny)
     out = capsys.readouterr().out
-    assert "accuracy on 11 evaluation images" in out and "not the homework's split" in out
-    assert (
-        run.csv.exists()
-        and not (tmp_path / "out/submission.csv").exists()
-        and "no submission.csv" in out
-    )
+    assert "accuracy on 11 evaluation images" in out
+    assert "not the homework's split" in out
+    assert "no submission.csv" in out
+    assert run.csv.exists()
+    assert not (tmp_path / "out/submission.csv").exists()
 
 
 def test_an_own_teacher_can_teach(food, tmp_path, tiny):
@@ -490,16 +506,26 @@ def test_an_own_teacher_can_teach(food, tmp_path, tiny):
     cfg = dataclasses.replace(h.TEACHER_CONFIG, **tiny)
     path = h.train_teacher(data, tmp_path, cfg)
     (run,) = h.run(data, ["medium"], path, tmp_path, **tiny)
-    assert run.name == "medium" and len(run.history) == 2
+    assert run.name == "medium"
+    assert len(run.history) == 2
 
 
 def test_demo_results_never_meet_a_real_runs(food, tmp_path):
     demo = dataclasses.replace(h.find_data(food), origin="demo set (drawn, not photographs)")
     (run,) = h.run(demo, ["simple"], out=tmp_path, n_epochs=1)
-    assert run.folder == tmp_path / "demo/simple" and run.cfg.image_size == 64
-    assert (tmp_path / "submission_demo.csv").exists() and not (
-        tmp_path / "submission.csv"
-    ).exists()
+    assert run.folder == tmp_path / "demo/simple"
+    assert run.cfg.image_size == 64
+    assert (tmp_path / "submission_demo.csv").exists()
+    assert not (tmp_path / "submission.csv").exists()
+
+
+def told_pace(n_epochs, capsys):
+    """What is printed of the pace of a run whose first 1000 images took 100 seconds."""
+    display = h.RunDisplay(h.Config(n_epochs=n_epochs), 1000, [])
+    display.bar.update(1000)
+    display.tell_pace(100.0)
+    display.bar.close()
+    return capsys.readouterr().out
 
 
 def test_the_pace_names_the_end_and_what_to_change_where_a_kaggle_session_is_too_short(
@@ -507,11 +533,12 @@ def test_the_pace_names_the_end_and_what_to_change_where_a_kaggle_session_is_too
 ):
     (tmp_path / "working").mkdir()
     monkeypatch.setenv("HW13_KAGGLE", str(tmp_path))
-    for n_epochs, short in ((10, False), (600, True)):
-        display = h.RunDisplay(h.Config(n_epochs=n_epochs), 1000, [])
-        display.bar.update(1000)
-        display.tell_pace(100.0)
-        display.bar.close()
-        out = capsys.readouterr().out
-        assert "10 images/s" in out and " to go, till " in out and "session has" in out
-        assert ("choose LENGTH = 'lesson'" in out) == short
+    fits = told_pace(10, capsys)
+    too_long = told_pace(600, capsys)
+    for out in (fits, too_long):
+        assert "10 images/s" in out
+        assert " to go, till " in out
+        assert "session has" in out
+    advice = "choose LENGTH = 'lesson'"
+    assert advice not in fits
+    assert advice in too_long

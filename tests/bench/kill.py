@@ -22,7 +22,7 @@ import pandas as pd
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from shared import same, without_seconds  # noqa: E402
+from shared import same, settings, without_seconds  # noqa: E402
 
 import helpers as h  # noqa: E402
 
@@ -42,8 +42,7 @@ def command(name, out, teacher):
     """The command line of a setting's run."""
     stage = name.split(",")[0]
     arguments = ["--demo", "--out", out, "--stages", stage, "--teacher", teacher]
-    for key, value in (BASE | SETTINGS[name]).items():
-        arguments += ["--set", f"{key}={value}"]
+    arguments += settings(**BASE | SETTINGS[name])
     return [sys.executable, ROOT / "helpers.py", "run", *arguments]
 
 

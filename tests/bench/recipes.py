@@ -2,7 +2,7 @@
 
     HW13_PHOTOS=DIR python tests/bench/recipes.py NAME ... [--epochs 30] [--size 112] [--seeds 1 2]
     python tests/bench/recipes.py --list          the names, and the size of each net
-    python tests/bench/recipes.py --table [--against NAME]   stored rows, paired differences
+    python tests/bench/recipes.py --table [--against NAME]   stored rows, differences, a picture
     python tests/bench/recipes.py NAME ... --predict DIR     evaluation CSVs of trained recipes
 
 A NAME may be a regular expression. Every recipe of a call has the same images, teacher, sizes and
@@ -85,7 +85,8 @@ class SqueezeExcite(nn.Module):
 class BlurPool(nn.Module):
     """Anti-aliased stride (Zhang 2019): (B, C, H, W) -> (B, C, H / 2, W / 2).
 
-    A fixed 3x3 binomial filter blurs before every second pixel is taken.
+    A fixed 3x3 binomial filter blurs before every second pixel is taken. It has no parameters;
+    h.count_macs counts its multiply-adds.
     """
 
     def __init__(self, channels):
@@ -184,7 +185,7 @@ def deployed(net):
 
 
 class Residual(nn.Module):
-    """branch(x), plus x where the sizes agree, or plus shortcut(x) where there is one."""
+    """branch(x), plus shortcut(x) where there is one, else plus x where the shapes are the same."""
 
     def __init__(self, branch, same, shortcut=None):
         super().__init__()
@@ -260,12 +261,10 @@ BLOCKS = {"ir": inverted_residual, "resdw": residual_dwpw, "next": convnext}
 
 
 def stacked(net, in_channels, layers, block):
-    """Append layer1, layer2, ... to a net.
+    """Append layer1, layer2, ... to a net; returns the last one's channels.
 
     layers: (channels, blocks, stride of the first block) each.
-
-    block(in_channels, out_channels, stride, is_first) builds one block. Returns the channels of the
-    last layer.
+    block(in_channels, out_channels, stride, is_first) builds one block.
     """
     for number, (out_channels, depth, stride) in enumerate(layers, 1):
         layer = nn.Sequential(block(in_channels, out_channels, stride, True))
