@@ -759,14 +759,31 @@ def check_unique(ids, folder):
 # --- one picture at a time: the course's Dataset, the reference -----------------------------------
 
 
-def open_image(path):
-    """A file as an upright PIL image in RGB.
+# Formats that Pillow decodes by itself. Others would start a program (PostScript: Ghostscript).
+PICTURE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+# A longer strip would be resized to a picture that takes gigabytes.
+MAX_ASPECT = 300
 
-    Its mode (grey, CMYK, palette, RGBA, 16 bit) and EXIF turn may be any. Raises UserError naming
-    the file where it cannot be decoded or is a decompression bomb.
+
+@functools.cache
+def picture_formats():
+    """Those of PICTURE_FORMATS that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in PICTURE_FORMATS if name in Image.OPEN)
+
+
+def open_image(path):
+    """A file as an upright PIL image in RGB; of several frames the first.
+
+    Its mode (grey, CMYK, palette, RGBA, 16 bit) and EXIF turn may be any. Transparency is dropped:
+    the colours that the file stores below it show, as in PIL's and torchvision's own loaders.
+    Raises UserError naming the file where it cannot be decoded, is a decompression bomb, or is a
+    strip of more than MAX_ASPECT times its width.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=picture_formats()) as image:
+            if max(image.size) > MAX_ASPECT * min(image.size):
+                raise ValueError(f"a strip of {image.width} x {image.height} pixels")
             # 16 bit a pixel: PIL would clip it to white, so the upper 8 are taken.
             if image.mode.startswith("I"):
                 high_bytes = np.asarray(image) >> 8
@@ -1733,26 +1750,144 @@ def layer_table(model, image_size=224):
 # ==================================================================================================
 
 
-def load_weights(path):
-    """A state dict from a checkpoint file.
+# What profilers and averaged models leave beside a net's own entries.
+HARMLESS_ENTRIES = {"n_averaged", "total_ops", "total_params"}
 
-    A wrapper (state_dict, model) and prefixes (module., _orig_mod.) come off. Raises UserError
-    where the file is missing, damaged, unsafe or holds no state dict.
+
+def state_dicts_in(saved):
+    """[(its name in the file, {key: tensor})]: everything in a loaded file that may be a net.
+
+    The file itself comes first, under the name "". What is no tensor is left out.
     """
-    state = load_file(path)
-    for wrapper in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    is_state_dict = isinstance(state, dict) and len(state) > 0
-    if not is_state_dict or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise UserError(
-            f"{path} is not loaded: it holds no state dict (names of layers -> tensors)"
-        )
-    weights = OrderedDict()
-    for name, value in state.items():
-        plain = re.sub(r"^((module|_orig_mod)\.)+", "", str(name))
-        weights[plain] = value
-    return weights
+    found = []
+    waiting = [("", saved)]
+    while waiting:
+        name, value = waiting.pop(0)
+        if not isinstance(value, dict):
+            continue
+        tensors = {}
+        for key, entry in value.items():
+            if isinstance(entry, torch.Tensor):
+                tensors[str(key)] = entry
+            elif isinstance(entry, dict):
+                waiting.append((f"{name}.{key}".lstrip("."), entry))
+        if tensors:
+            found.append((name, tensors))
+    return found
+
+
+def without_prefix(tensors, first_key):
+    """A state dict without whatever stands before `first_key` in each of its keys.
+
+    Keys that do not begin so are of something else, and are left out. None if the key is not there.
+    """
+    prefixes = []
+    for key in tensors:
+        if f".{key}".endswith(f".{first_key}"):
+            prefixes.append(key.removesuffix(first_key))
+    if not prefixes:
+        return None
+    prefix = min(prefixes, key=len)
+    plain = OrderedDict()
+    for key, tensor in tensors.items():
+        name = key.removeprefix(prefix)
+        is_harmless = name.rpartition(".")[2] in HARMLESS_ENTRIES
+        if key.startswith(prefix) and not is_harmless:
+            plain[name] = tensor
+    return plain
+
+
+def misfit(state, net):
+    """Why a state dict is not one of `net`, in a few words; None where it is."""
+    wanted = net.state_dict()
+    missing = []
+    for key in wanted:
+        if key not in state and not key.endswith("num_batches_tracked"):  # old files have none
+            missing.append(key)
+    if missing:
+        return f"it has no {some_of(missing)}"
+    other = [key for key in state if key not in wanted]
+    if other:
+        return f"it also has {some_of(other)}"
+    for key, tensor in state.items():
+        if tensor.shape != wanted[key].shape:
+            ours = " x ".join(map(str, wanted[key].shape))
+            theirs = " x ".join(map(str, tensor.shape))
+            return f"{key} is {theirs or 'a number'}, not {ours or 'a number'}"
+    return None
+
+
+def check_values(path, state):
+    """UserError naming the tensor of a state dict whose values no trained net has."""
+    for key, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{path} is not loaded: {key} holds values that are not finite")
+        if key.endswith("running_var") and (tensor < 0).any():
+            raise UserError(f"{path} is not loaded: {key} holds variances below zero")
+
+
+def load_weights_into(net_of, path, what):
+    """A net with the weights of a checkpoint file.
+
+    net_of: state dict -> the net that it may belong to, or None. The state dict may be the file's
+    one value or any of its values (state_dict, model, net, teacher, ...), and its keys may have a
+    prefix in common (module., model., _orig_mod.). what: the net in words, for the message. Raises
+    UserError saying what the file holds instead, or which tensor is not usable.
+    """
+    saved = load_file(path)
+    fitting = {}
+    reasons = []
+    for name, tensors in state_dicts_in(saved):
+        net, state = net_of(tensors)
+        if net is None:
+            continue
+        why = misfit(state, net)
+        if why:
+            reasons.append(why)
+        else:
+            fitting[name] = (net, state)
+    if not fitting:
+        holds = describe_contents(saved)
+        why = f"{reasons[0]}; " if reasons else ""
+        raise UserError(f"{path} is not loaded: it is no {what} ({why}it holds {holds})")
+    name = the_one_to_take(path, list(fitting))
+    net, state = fitting[name]
+    check_values(path, state)
+    net.load_state_dict(state, strict=False)  # strict but for num_batches_tracked, see `misfit`
+    return net
+
+
+def the_one_to_take(path, names):
+    """Which of several fitting state dicts is loaded; UserError where none is the plain one."""
+    if len(names) == 1:
+        return names[0]
+    for usual in ("", "state_dict", "model"):
+        if usual in names:
+            say(f"{path} holds {len(names)} nets; taken is {usual or 'the outer one'}")
+            return usual
+    raise UserError(
+        f"{path} is not loaded: it holds {len(names)} nets ({some_of(names)}): save one of them"
+    )
+
+
+def describe_contents(saved):
+    """What a loaded file holds, in at most some 200 characters."""
+    if not isinstance(saved, dict):
+        return f"a {type(saved).__name__}"
+    if not saved:
+        return "nothing"
+    parts = []
+    for key, value in list(saved.items())[:6]:
+        if isinstance(value, torch.Tensor):
+            parts.append(f"{key} {' x '.join(map(str, value.shape))}".strip())
+        elif isinstance(value, dict):
+            parts.append(f"{key} ({len(value)} entries)")
+        else:
+            parts.append(f"{key} ({type(value).__name__})")
+    text = ", ".join(parts)
+    if len(saved) > len(parts):
+        text += f", ... ({len(saved)} entries)"
+    return quoted(text, 200)[1:-1]
 
 
 class AveragedTeachers(nn.Module):
@@ -1787,20 +1922,20 @@ def load_teacher(path, device="cpu"):
 
 def load_resnet(path):
     """The ResNet-18, -34 or -50 of a checkpoint, told apart by their layers."""
-    state = load_weights(path)
+    return load_weights_into(resnet_of, path, f"ResNet of {NUM_CLASSES} classes")
+
+
+def resnet_of(tensors):
+    """(the ResNet that tensors may belong to, their state dict), or (None, None)."""
+    state = without_prefix(tensors, "conv1.weight")
+    if state is None:
+        return None, None
+    name = "resnet18"
     if "layer1.0.conv3.weight" in state:
         name = "resnet50"
     elif "layer1.2.conv1.weight" in state:
         name = "resnet34"
-    else:
-        name = "resnet18"
-    teacher = build_student(Config(student=name))
-    try:
-        teacher.load_state_dict(state)
-    except RuntimeError as error:
-        why = " ".join(str(error).split())[:300]
-        raise UserError(f"{path} is not loaded: it is no ResNet of 11 classes ({why})") from None
-    return teacher
+    return build_student(Config(student=name)), state
 
 
 def freeze(model):
@@ -2039,7 +2174,7 @@ class DistillLoss(nn.Module):
         if cfg.needs_teacher and teacher is None:
             raise UserError(
                 f"{cfg.exp_name} needs a teacher: "
-                f"put {TEACHER_FILE} into the data folder or use --teacher"
+                f"put {TEACHER_FILE} into the data folder or use {option('--teacher')}"
             )
         if cfg.aligns and isinstance(teacher, AveragedTeachers):
             raise UserError(f"{cfg.exp_name} aligns layers, which wants a single teacher")
@@ -2381,7 +2516,7 @@ def train_one_epoch(state, forward, loader, epoch, views=None, on_step=None):
 
     n_steps = len(loader)
     sums = EpochSums(loss_fn.device)
-    unchecked = []  # (loss, rows) since the last look
+    unchecked = []  # (loss, rows, teacher's logits) since the last look
     for step, batch in enumerate(loader):
         batch = Batch(*batch)
         images = to_device(batch.images, loss_fn.device, loss_fn.dtype or torch.float32)
@@ -2397,7 +2532,7 @@ def train_one_epoch(state, forward, loader, epoch, views=None, on_step=None):
             views.write(batch, out.teacher_logits)
 
         sums.add(out, labels)
-        unchecked.append((out.loss.detach(), batch.rows))
+        unchecked.append((out.loss.detach(), batch.rows, out.teacher_logits))
         if len(unchecked) == CHECK_FINITE_EVERY or step == n_steps - 1:
             check_finite(unchecked, cfg, epoch, loader)
             unchecked = []
@@ -2438,21 +2573,28 @@ class EpochSums:
 
 
 def check_finite(losses, cfg, epoch, loader):
-    """UserError naming epoch and images of the first of the (loss, rows) that is not finite.
+    """UserError naming epoch and images of the first loss that is not finite.
 
-    It reads the device, so it is called every CHECK_FINITE_EVERY batches and not at each.
+    losses: (loss, rows, teacher's logits) of some steps. It reads the device, so it is called every
+    CHECK_FINITE_EVERY batches and not at each. The teacher is asked first: where its answers are
+    not finite, no learning rate helps.
     """
-    good = torch.stack([loss for loss, _ in losses]).isfinite().tolist()
+    good = torch.stack([loss for loss, *_ in losses]).isfinite().tolist()
     if all(good):
         return
-    rows = losses[good.index(False)][1]
+    _, rows, teacher_logits = losses[good.index(False)]
     where = ""
     if rows is not None:
         ids = [loader.split.ids[row] for row in rows[:8].tolist()]
         where = f" at the images {', '.join(ids)}, ..."
+    if teacher_logits is not None and not teacher_logits.isfinite().all():
+        raise UserError(
+            f"the teacher's answers in epoch {epoch + 1} are not finite{where}: "
+            "try amp=off, or another teacher file; the last whole epoch is saved"
+        )
     raise UserError(
         f"the loss of epoch {epoch + 1} is not finite{where}: lower lr (now {cfg.lr:g}) "
-        "or set amp=off, with --fresh; the last whole epoch is saved"
+        f"or set amp=off, with {option('--fresh')}; the last whole epoch is saved"
     )
 
 
@@ -2709,12 +2851,18 @@ class RunFolder:
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             why = str(error).splitlines()[0]
             raise UserError(
-                f"{place} holds a run of another student or program ({why}); --fresh restarts it"
+                f"{place} holds a run of another student or program ({why}); "
+                f"{option('--fresh')} restarts it"
             ) from None
         what = f"goes on after epoch {len(state.history)}"
         if is_finished(state.history, self.cfg):
             what = "finished before, loaded"
-        say(f"{self.cfg.exp_name}: {what} from {place}")
+        n = len(state.history)
+        best = best_so_far(state.history)[0]
+        score = ""
+        if best >= 0:
+            score = f" ({n} epochs, best validation accuracy {best:.4f})"
+        say(f"{self.cfg.exp_name}: {what} from {place}{score}")
 
     def save(self, state, last=True):
         """Write the run's files, from the first process; the others wait.
@@ -2724,7 +2872,8 @@ class RunFolder:
         if is_first_process():
             self._put_damaged_aside()
             write_text(self.path / "config.json", json.dumps(self.facts, indent=1) + "\n")
-            save_checkpoint(state.best, self.path / BEST)
+            if state.history:  # an untrained net is no result
+                save_checkpoint(state.best, self.path / BEST)
             log = pd.DataFrame(state.history, columns=HISTORY_COLUMNS)
             write_text(self.path / "log.csv", log.to_csv(index=False))
             if last or not (self.path / LAST).is_file():
@@ -2735,7 +2884,7 @@ class RunFolder:
     def clear(self):
         """Forget the run: nothing goes on from here any more."""
         if is_first_process():
-            for name in (LAST, PREVIOUS):
+            for name in (LAST, PREVIOUS, BEST):
                 (self.path / name).unlink(missing_ok=True)
         barrier()
 
@@ -2791,7 +2940,7 @@ class RunFolder:
         if different:
             raise UserError(
                 f"{place} holds a run with other settings: {', '.join(different)}; "
-                "--fresh starts it again"
+                f"{option('--fresh')} starts it again"
             )
 
 
@@ -2812,7 +2961,7 @@ def read_run(folder):
             damaged[path] = str(error)
     if damaged:
         first = next(iter(damaged.values()))
-        raise UserError(f"{first}; --fresh starts the run again")
+        raise UserError(f"{first}; {option('--fresh')} starts the run again")
     return None, damaged
 
 
@@ -2865,13 +3014,13 @@ def load_student(path, device="cpu"):
     Raises UserError where they do not go together, or where the student is a learner's own, which
     this module cannot build.
     """
-    weights = load_weights(path)
+    if not Path(path).is_file():
+        raise UserError(f"there is no file {path}")
     try:
         facts = json.loads(Path(path).with_name("config.json").read_text())
         cfg = Config(**facts["config"])
         student = build_student(cfg)
         is_own = facts["layers"] != layers_fingerprint(student)
-        student.load_state_dict(weights)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         why = str(error).splitlines()[0]
         raise UserError(f"{path} does not go with a config.json beside it ({why})") from None
@@ -2880,6 +3029,15 @@ def load_student(path, device="cpu"):
             f"{path} is a student of your own, which only the code that built it can load: "
             "predict with its Run"
         )
+    first_key = next(iter(student.state_dict()))
+
+    def student_of(tensors):
+        state = without_prefix(tensors, first_key)
+        if state is None:
+            return None, None
+        return student, state
+
+    student = load_weights_into(student_of, path, "student of the config.json beside it")
     return freeze(student).to(device), cfg
 
 
@@ -3062,13 +3220,13 @@ def possible_stages(configs, data, teacher):
     if not possible:
         raise UserError(
             f"no stage could run without a teacher: put {TEACHER_FILE} into {data.root} "
-            "or use --teacher"
+            f"or use {option('--teacher')}"
         )
     for cfg in configs:
         if cfg not in possible:
             say(
                 f"{cfg.exp_name}: left out, for it needs a teacher: "
-                f"no {TEACHER_FILE} in {data.root} (see --teacher)"
+                f"no {TEACHER_FILE} in {data.root} (see {option('--teacher')})"
             )
     return possible
 
@@ -3250,34 +3408,85 @@ def write_submission(path, ids, classes):
     write_text(path, rows.to_csv(index=False))
 
 
-def validate_submission(path, ids):
-    """Return the number of rows of a submission CSV.
+MOST_ROWS = 1_000_000
 
-    UserError names the first row that is wrong, and why. ids: the wanted ids in their order, or how
-    many rows ("0000", "0001", ...).
+
+def validate_submission(path, ids):
+    """Return the number of rows of a submission CSV that Kaggle would take.
+
+    ids: the wanted ids, or how many rows ("0000", "0001", ...). As on Kaggle the order of the rows
+    does not count (another one is said), nor do quotes, line ends, a byte-order mark and blank last
+    lines. UserError names the first row that is wrong, the missing and the double ids.
     """
+    rows = read_csv_rows(path)
+    if isinstance(ids, int):
+        if ids > MOST_ROWS:
+            raise UserError(f"{path}: {ids} rows are wanted; at most {MOST_ROWS:,} can be checked")
+        ids = [f"{i:04d}" for i in range(ids)]
+    if not ids:
+        raise UserError(f"{path}: no row is wanted, so there is nothing to check")
+    if not rows:
+        raise UserError(f"{path}, row 1: the header is missing, not Id,Category")
+    if rows[0] != ["Id", "Category"]:
+        raise UserError(
+            f"{path}, row 1: the header is {quoted(','.join(rows[0]))}, not Id,Category"
+        )
+    wanted = set(ids)
+    found = []
+    for number, row in enumerate(rows[1:], 2):
+        if len(row) != 2 or row[0] not in wanted or not re.fullmatch("[0-9]|10", row[1]):
+            raise UserError(
+                f"{path}, row {number} is {quoted(','.join(row))}: wanted are an id of the "
+                f"evaluation images ({ids[0]} to {ids[-1]}), a comma and a class from 0 to "
+                f"{NUM_CLASSES - 1}"
+            )
+        found.append(row[0])
+    check_ids_once(path, found, ids)
+    if found != list(ids):
+        say(f"{path}: the rows are in another order than the files, which Kaggle ignores")
+    return len(ids)
+
+
+def read_csv_rows(path):
+    """The rows of a CSV in UTF-8, blank last lines left out; UserError where it is none."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no file {path}")
     try:
-        rows = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte-order mark
+        return list(csv.reader(text.rstrip().splitlines()))
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} is no text in UTF-8 with commas ({error})") from None
-    if not rows:
-        raise UserError(f"{path}, row 1: the header is missing, not Id,Category")
-    if rows[0] != ["Id", "Category"]:
-        raise UserError(f"{path}, row 1: the header is {','.join(rows[0])}, not Id,Category")
-    if isinstance(ids, int):
-        ids = [f"{i:04d}" for i in range(ids)]
-    if len(rows) - 1 != len(ids):
-        raise UserError(f"{path}: {len(rows) - 1} rows, wanted are {len(ids)}")
-    for number, (row, wanted) in enumerate(zip(rows[1:], ids, strict=True), 2):
-        if len(row) != 2 or row[0] != wanted or not re.fullmatch("[0-9]|10", row[1]):
-            raise UserError(
-                f"{path}, row {number} is {','.join(row)!r}: wanted are the id {wanted!r}, "
-                f"a comma and a class from 0 to {NUM_CLASSES - 1}"
-            )
-    return len(ids)
+
+
+def check_ids_once(path, found, ids):
+    """UserError naming ids that are missing or there twice."""
+    counts = Counter(found)
+    missing = [name for name in ids if name not in counts]
+    double = [name for name, n in counts.items() if n > 1]
+    wrong = []
+    if missing:
+        wrong.append(f"{len(missing)} ids are missing ({some_of(missing)})")
+    if double:
+        wrong.append(f"{len(double)} ids are there twice ({some_of(double)})")
+    if wrong:
+        raise UserError(f"{path}: {len(found)} rows, wanted are {len(ids)}: {' and '.join(wrong)}")
+
+
+def some_of(names, n=4):
+    """The first names of a list, with dots where there are more."""
+    text = ", ".join(map(str, names[:n]))
+    if len(names) > n:
+        text += ", ..."
+    return text
+
+
+def quoted(text, longest=80):
+    """A text from a file as a message may show it: visible characters, and not too many."""
+    visible = ascii(text)[1:-1]
+    if len(visible) > longest:
+        visible = visible[:longest] + "..."
+    return f"'{visible}'"
 
 
 def write_predictions(student, data, cfg, path, device, tta=False):
@@ -3979,7 +4188,7 @@ def out_of_memory_named(cfg):
         raise UserError(
             f"{cfg.exp_name}: out of memory with batch_size={cfg.batch_size}, "
             f"image_size={cfg.image_size}: set batch_size={half} or a smaller image_size, "
-            "with --fresh"
+            f"with {option('--fresh')}"
         ) from None
 
 
@@ -4053,6 +4262,21 @@ def say(text):
     if is_first_process():
         printable = text.encode("utf-8", "backslashreplace").decode()  # names may hold any byte
         print(printable, flush=True)
+
+
+# What a notebook has in the place of a flag of the command line.
+NOTEBOOK_WORDS = {
+    "--fresh": "fresh=True (or another exp_name)",
+    "--teacher": "load_teacher(path)",
+    "--out": "out=",
+}
+
+
+def option(flag):
+    """A flag of the command line, or what takes its place in a notebook, for a message."""
+    if in_notebook():
+        return NOTEBOOK_WORDS[flag]
+    return flag
 
 
 def in_notebook():
@@ -4244,7 +4468,7 @@ def locked(folder):
         lock.acquire()
     except filelock.Timeout:
         raise UserError(
-            f"another run is working in {folder}: wait for it or choose another --out"
+            f"another run is working in {folder}: wait for it or choose another {option('--out')}"
         ) from None
     except OSError as error:
         raise UserError(
@@ -4298,21 +4522,60 @@ def save_checkpoint(obj, path, keep_as=None):
 def load_file(path):
     """torch.load with weights_only=True on the CPU: a file that would run code is refused.
 
-    Raises UserError for a missing, damaged or unsafe file.
+    Raises UserError for a missing, damaged or unsafe file, saying what it is instead.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no file {path}")
+    kind = kind_of_file(path)
+    if kind:
+        raise UserError(f"{path} is not loaded: {kind}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(NUMPY_NUMBERS):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds: pickle, zip, runtime, EOF
         could_not_be_read = getattr(error, "errno", None) or isinstance(error, MemoryError)
         if could_not_be_read:  # not the file's fault
             raise
         why = "it is damaged or no torch file"
-        if re.search("Unsupported|weights_only", str(error)):
+        if re.search("Unsupported (global|class)|GLOBAL", str(error)):
             why = "it holds more than tensors and plain values"
         raise UserError(f"{path} is not loaded: {why}") from None
+
+
+def numpy_number_classes():
+    """What a numpy number in a checkpoint (an accuracy, often) is made of; none of it runs code."""
+    scalar = np.float64(0).__reduce__()[0]
+    pieces = [np.dtype, scalar, (scalar, "numpy.core.multiarray.scalar")]  # numpy 1's name for it
+    for number in ("float16", "float32", "float64", "int32", "int64", "bool"):
+        pieces.append(type(np.dtype(number)))
+    return pieces
+
+
+NUMPY_NUMBERS = numpy_number_classes()
+
+
+def kind_of_file(path):
+    """What a file that is no checkpoint is, by its first bytes; None for one that may be one."""
+    with open(path, "rb") as file:
+        head = file.read(512)
+    text = head.lstrip().lower()
+    if not head:
+        return "it is empty"
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a git-lfs pointer: fetch the file itself with git lfs pull"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "it is a web page: download the file itself"
+    if head[8:10] == b'{"' and int.from_bytes(head[:8], "little") < path.stat().st_size:
+        return "it is a .safetensors file: save its state dict with torch.save"
+    if head.startswith(b"\x89HDF"):
+        return "it is an HDF5 file (Keras?), no torch checkpoint"
+    if head.startswith((b"\x1f\x8b", b"BZh", b"Rar!", b"7z")):
+        return "it is a packed archive: unpack it"
+    is_torch_file = head.startswith((b"PK", b"\x80")) or b"\x80" in head[:32]  # zip, pickle, old
+    if not is_torch_file and head.isascii():
+        return "it is a text, no torch checkpoint"
+    return None
 
 
 # --- fingerprints ---------------------------------------------------------------------------------

@@ -362,3 +362,32 @@ def test_the_demo_set_is_marked_and_the_same_every_time():
     once = h.draw_dish(4, np.random.default_rng(3))
     twice = h.draw_dish(4, np.random.default_rng(3))
     assert np.array_equal(np.asarray(once), np.asarray(twice))
+
+
+def test_only_pictures_are_decoded(food):
+    """PostScript called .jpg would start another program, and may never end."""
+    path = food / "evaluation/0001.jpg"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n{} loop\n")
+    with pytest.raises(h.UserError, match="0001.jpg cannot be decoded .UnidentifiedImageError"):
+        h.open_image(path)
+    assert "EPS" not in h.picture_formats()
+    assert {"JPEG", "PNG", "GIF", "BMP", "TIFF"} <= set(h.picture_formats())
+
+
+@pytest.mark.parametrize("size", [(20_000, 1), (1, 20_000), (10_000_000, 1)])
+def test_a_strip_cannot_be_decoded_and_its_evaluation_row_stays(food, size, capsys):
+    Image.new("L", size).save(food / "evaluation/0001.png")
+    (food / "evaluation/0001.jpg").unlink()
+    data = h.find_data(food)
+    for form in ("eval", "whole"):
+        split = h.load_data(data, "evaluation", form, 64)
+        assert split.ids == ("0000", "0001", "0002", "0003", "0004")
+        out = capsys.readouterr().out
+        assert f"0001.png cannot be decoded (ValueError: a strip of {size[0]} x {size[1]}" in out
+        assert "replaced by a grey picture" in out
+
+
+def test_a_long_picture_is_still_one(food):
+    Image.new("RGB", (2_000, 10), (200, 10, 10)).save(food / "training/0_0.jpg")
+    split = h.load_data(h.find_data(food), "training", "eval", 64)
+    assert len(split) == 22

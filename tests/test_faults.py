@@ -183,10 +183,10 @@ def test_another_student_of_the_same_settings_is_refused(food, tmp_path, monkeyp
 def test_a_picture_that_cannot_be_read_now_stops_and_is_not_remembered_as_broken(food, monkeypatch):
     original = h.Image.open
 
-    def flaky(path):
+    def flaky(path, **options):
         if str(path).endswith("3_1.jpg"):
             raise OSError(5, "Input/output error")
-        return original(path)
+        return original(path, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(h.Image, "open", flaky)

@@ -104,7 +104,7 @@ def test_the_command_line_does_not_take_an_own_student_for_the_configs(
     out = str(tmp_path / "x.csv")
     arguments = ["predict", "--data", str(food), "--checkpoint", checkpoint, "--out", out]
     assert h.main(arguments) == 2
-    assert "does not go with a config.json" in capsys.readouterr().err
+    assert "a student of your own" in capsys.readouterr().err
 
     def sample_net_with_another_activation():
         net = h.build_student(h.Config())
@@ -289,3 +289,60 @@ def test_a_final_fit_wants_the_same_code(medium, food, teacher_file, tmp_path):
     ):
         h.final_fit(run, data, teacher, tmp_path)
     assert h.final_fit(run, data, teacher, tmp_path, loss_fn_kd=my_loss)
+
+
+# --- weights are looked at, and no placeholder looks like a result --------------------------------
+
+
+def test_a_teacher_whose_answers_are_not_finite_is_named_as_the_cause(
+    food, teacher_file, tmp_path, tiny
+):
+    teacher = h.load_teacher(teacher_file)
+    with torch.no_grad():
+        teacher.fc.bias[3] = float("nan")
+    cfg = h.get_config("medium", **tiny)
+    with pytest.raises(h.UserError, match="the teacher's answers in epoch 1 are not finite at the"):
+        h.run_stage(cfg, h.find_data(food), teacher, tmp_path)
+
+
+def test_before_the_first_epoch_ends_there_is_no_student_to_predict_with(
+    food, teacher_file, tmp_path, tiny, monkeypatch, capsys
+):
+    def killed(*args):
+        raise RuntimeError("killed")
+
+    cfg = h.get_config("medium", **tiny)
+    with monkeypatch.context() as patch:
+        patch.setattr(h, "train_one_epoch", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            h.run_stage(cfg, h.find_data(food), h.load_teacher(teacher_file), tmp_path)
+    checkpoint = str(tmp_path / "medium/student_best.ckpt")
+    out = str(tmp_path / "x.csv")
+    arguments = ["predict", "--data", str(food), "--checkpoint", checkpoint, "--out", out]
+    assert h.main(arguments) == 2
+    assert "there is no file" in capsys.readouterr().err
+    assert not (tmp_path / "x.csv").exists()
+
+
+def test_starting_again_takes_the_old_student_away(medium):
+    run = medium()
+    stage_folder = run.folder
+    loss_fn = h.DistillLoss(h.get_config("simple"), h.build_student(h.get_config("simple")))
+    h.RunFolder(stage_folder, loss_fn).clear()
+    assert not (stage_folder / "student_best.ckpt").exists()
+
+
+def test_a_stage_that_is_loaded_says_its_epochs_and_accuracy(medium, capsys):
+    run = medium()
+    best = max(run.history["valid_acc"])
+    capsys.readouterr()
+    medium()
+    wanted = f"(2 epochs, best validation accuracy {best:.4f})"
+    assert wanted in capsys.readouterr().out
+
+
+def test_a_notebook_is_told_its_own_words(medium, monkeypatch):
+    medium()
+    monkeypatch.setattr(h, "in_notebook", lambda: True)
+    with pytest.raises(h.UserError, match=r"fresh=True \(or another exp_name\) starts it again"):
+        medium(loss_fn_kd=my_loss)

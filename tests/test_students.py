@@ -1,7 +1,8 @@
 """Students, the parameter limit, and the teacher's file."""
 
-from collections import OrderedDict
+import random
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -193,29 +194,73 @@ def test_a_checksum_sees_a_buffer_that_moved(teacher_file):
         lambda s: {"module." + k: v for k, v in s.items()},
         lambda s: {"_orig_mod." + k: v for k, v in s.items()},
         lambda s: {"state_dict": {"module._orig_mod." + k: v for k, v in s.items()}},
+        lambda s: {"epoch": 3, "model_state_dict": s, "optimizer": {"lr": 0.1}},
+        lambda s: {"net": s, "acc": 90.1},
+        lambda s: {"teacher": s, "best_acc": np.float64(74.3), "step": np.int64(3)},
+        lambda s: {"state_dict": {f"model.{k}": v for k, v in s.items()}, "loops": {}},
+        lambda s: {f"module.{k}": v for k, v in s.items()} | {"n_averaged": torch.tensor(7)},
+        lambda s: s | {"layer1.total_ops": torch.zeros(1), "total_params": torch.zeros(1)},
+        lambda s: s | {"epoch": 7},
+        lambda s: {"nets": {"a": {"weights": s}}},
+        lambda s: {k: v for k, v in s.items() if not k.endswith("num_batches_tracked")},
+        lambda s: {"state_dict": s, "ema": {k: v * 2 for k, v in s.items()}},
     ],
 )
 def test_wrappers_and_prefixes_of_a_plain_meaning_are_taken_off(teacher_file, wrap):
-    state = h.load_weights(teacher_file)
+    state = torch.load(teacher_file, weights_only=True)
     wanted = h.state_checksum(h.load_teacher(teacher_file))
-    torch.save(wrap(OrderedDict(state)), teacher_file)
+    torch.save(wrap(dict(state)), teacher_file)
     assert h.state_checksum(h.load_teacher(teacher_file)) == wanted
+
+
+def test_random_wrappers_load_the_same_net_or_say_what_is_there(teacher_file, tmp_path):
+    """Drawn at random: layers of wrappers, a prefix, strays; and sometimes a tensor less."""
+    rng = random.Random(7)
+    state = torch.load(teacher_file, weights_only=True)
+    wanted = h.state_checksum(h.load_teacher(teacher_file))
+    path = tmp_path / "wrapped.ckpt"
+    for _ in range(12):
+        prefix = rng.choice(["", "module.", "model.", "a.b.c.", "conv1."])
+        wrapped = {prefix + key: value for key, value in state.items()}
+        is_whole = rng.random() < 0.7
+        if not is_whole:
+            wrapped.pop(prefix + rng.choice(["fc.weight", "layer2.0.bn1.weight"]))
+        for _ in range(rng.randint(0, 3)):
+            strays = {"epoch": 3, "name": "x", "history": [1, 2], "cfg": {"lr": 0.1}}
+            wrapped = {rng.choice(["net", "student", "state"]): wrapped} | strays
+        torch.save(wrapped, path)
+        if is_whole:
+            assert h.state_checksum(h.load_teacher(path)) == wanted
+        else:
+            with pytest.raises(h.UserError, match="no ResNet of 11 classes .it has no .* it holds"):
+                h.load_teacher(path)
 
 
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (lambda s: {k: v for k, v in s.items() if k != "fc.bias"}, "Missing key.*fc.bias"),
+        (lambda s: {k: v for k, v in s.items() if k != "fc.bias"}, "it has no fc.bias"),
         (
             lambda s: s | {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)},
-            r"no ResNet of 11 classes.*fc.weight.*\[1000",
+            "no ResNet of 11 classes .fc.weight is 1000 x 512, not 11 x 512",
         ),
-        (lambda s: [1, 2], "no state dict"),
-        (lambda s: {}, "no state dict"),
+        (lambda s: [1, 2], "it holds a list"),
+        (lambda s: {}, "it holds nothing"),
+        (lambda s: {"a": s, "b": s}, "it holds 2 nets .a, b.: save one of them"),
+        (lambda s: {"lr": 0.1, "x": {"y": 1}}, r"it holds lr .float., x .1 entries."),
+        (lambda s: {"\x1b[31m" * 99: 1}, r"it holds [^\x1b]{150,260}$"),
+        (
+            lambda s: s | {"fc.bias": s["fc.bias"] * float("nan")},
+            "fc.bias holds values that are not",
+        ),
+        (
+            lambda s: s | {"bn1.running_var": -s["bn1.running_var"]},
+            "bn1.running_var holds variances",
+        ),
     ],
 )
 def test_a_file_with_something_else_is_named(teacher_file, harm, message):
-    torch.save(harm(dict(h.load_weights(teacher_file))), teacher_file)
+    torch.save(harm(torch.load(teacher_file, weights_only=True)), teacher_file)
     with pytest.raises(h.UserError, match=message):
         h.load_teacher(teacher_file)
 
@@ -245,3 +290,37 @@ def test_several_teachers_are_averaged_as_probabilities(teacher_file, tmp_path):
     with pytest.raises(h.UserError, match="wants a single teacher"):
         h.DistillLoss(h.get_config("boss", image_size=64), h.build_student(h.STAGES["boss"]), both)
     h.DistillLoss(h.get_config("medium", image_size=64), h.build_student(h.STAGES["medium"]), both)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "it is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\n", "git-lfs pointer"),
+        (b"\n<!DOCTYPE html><title>Quota exceeded</title>", "it is a web page"),
+        (b"<HTML>", "it is a web page"),
+        ((20).to_bytes(8, "little") + b'{"fc.weight":{}}     ' + bytes(30), "a .safetensors file"),
+        (b"\x89HDF\r\n", "HDF5"),
+        (b"\x1f\x8b\x08", "unpack it"),
+        (b"weights: none", "it is a text"),
+        (b"PK\x03\x04" + bytes(100), "it is damaged or no torch file"),
+    ],
+)
+def test_a_file_that_is_no_checkpoint_is_named_by_its_first_bytes(tmp_path, content, message):
+    path = tmp_path / "teacher.ckpt"
+    path.write_bytes(content)
+    with pytest.raises(h.UserError, match=message):
+        h.load_teacher(path)
+
+
+def test_a_whole_module_is_said_to_hold_more_than_tensors(tmp_path):
+    torch.save(h.build_student(h.Config()), tmp_path / "net.ckpt")
+    with pytest.raises(h.UserError, match="more than tensors and plain values"):
+        h.load_teacher(tmp_path / "net.ckpt")
+
+
+def test_a_path_with_a_comma_is_a_path(teacher_file, tmp_path):
+    folder = tmp_path / "a,b"
+    folder.mkdir()
+    teacher_file.rename(folder / "t.ckpt")
+    assert h.load_teacher(str(folder / "t.ckpt"))

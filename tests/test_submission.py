@@ -19,19 +19,24 @@ def test_written_csv_is_valid_and_as_the_homework_wants(tmp_path):
     ("text", "message"),
     [
         ("", "row 1: the header is missing"),
-        ("id,category\n0000,1\n0001,1\n", "row 1: the header is id,category"),
-        ("Id,Category\n0000,1\n", "1 rows, wanted are 2"),
-        ("Id,Category\n0000,1\n0001,1\n0002,1\n", "3 rows, wanted are 2"),
+        ("id,category\n0000,1\n0001,1\n", "row 1: the header is 'id,category', not"),
+        ("Id,Category\n0000,1\n", r"1 rows, wanted are 2: 1 ids are missing \(0001\)"),
         (
-            "Id,Category\n0001,1\n0000,1\n",
-            "row 2 is '0001,1': wanted are the id '0000', a comma and a class from 0 to 10",
+            "Id,Category\n0000,1\n0001,1\n0002,1\n",
+            r"row 4 is '0002,1': wanted are an id of the evaluation images \(0000 to 0001\), "
+            "a comma and a class from 0 to 10",
         ),
-        ("Id,Category\n0000,1\n0000,1\n", "row 3 is '0000,1': wanted are the id '0001'"),
+        (
+            "Id,Category\n0000,1\n0000,1\n",
+            r"2 rows, wanted are 2: 1 ids are missing \(0001\) and 1 ids are there twice \(0000\)",
+        ),
+        ("Id,Category\n0000,1\n\n0001,1\n", "row 3 is ''"),
+        ("Id,Category\n0000,1\n" + "x" * 5000, "row 3 is 'x{80}[.]{3}'"),
         ("Id,Category\n0,1\n1,1\n", "row 2 is '0,1'"),
         ("Id,Category\n0000,11\n0001,1\n", "row 2 is '0000,11'"),
         ("Id,Category\n0000,1\n0001,-1\n", "row 3 is '0001,-1'"),
         ("Id,Category\n0000,1\n0001,1.0\n", "row 3 is '0001,1.0'"),
-        ("Id,Category\n0000,1\n0001,\u0663\n", "row 3 is '0001,\u0663'"),
+        ("Id,Category\n0000,1\n0001,\u0663\n", r"row 3 is '0001,\\u0663'"),
         ("Id,Category\n0000,1\n0001,\n", "row 3 is '0001,'"),
         (",Id,Category\n0,0000,1\n", "row 1: the header"),
         ("Id,Category\n0000,1,2\n0001,1\n", "row 2 is '0000,1,2'"),
@@ -42,6 +47,37 @@ def test_validate_names_the_first_wrong_row(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(h.UserError, match=message):
         h.validate_submission(path, 2)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Id,Category\n0000,1\n0001,10\n",
+        "\ufeffId,Category\n0000,1\n0001,10\n",  # Excel
+        "Id,Category\r\n0000,1\r\n0001,10\r\n",
+        '"Id","Category"\n"0000","1"\n"0001","10"\n',
+        "Id,Category\n0000,1\n0001,10\n\n\n",
+        "Id,Category\n0000,1\n0001,10",
+    ],
+)
+def test_validate_takes_what_kaggle_takes(tmp_path, text, capsys):
+    path = tmp_path / "a.csv"
+    path.write_bytes(text.encode())
+    assert h.validate_submission(path, 2) == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_another_order_is_valid_and_said(tmp_path, capsys):
+    path = tmp_path / "a.csv"
+    path.write_text("Id,Category\n0001,1\n0000,1\n")
+    assert h.validate_submission(path, 2) == 2
+    assert "another order than the files, which Kaggle ignores" in capsys.readouterr().out
+
+
+def test_no_rows_is_nothing_to_check(tmp_path):
+    (tmp_path / "a.csv").write_text("Id,Category\n")
+    with pytest.raises(h.UserError, match="no row is wanted"):
+        h.validate_submission(tmp_path / "a.csv", 0)
 
 
 def test_validate_other_files(tmp_path):

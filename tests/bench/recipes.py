@@ -878,7 +878,7 @@ def predict_all(names, args, data, teacher, device):
         recipe = RECIPES[name]
         net = recipe.net(recipe.cfg, teacher)
         path = work_folder(name, args, args.seeds[0]) / "student_best.ckpt"
-        net.load_state_dict(h.load_weights(path))
+        net.load_state_dict(h.load_file(path))
         nets[name] = h.freeze(net)
     cfg = h.Config(image_size=args.size)
     split = h.load_data(data, "evaluation", "eval", args.size)
