@@ -1826,21 +1826,23 @@ def check_values(path, state):
             raise UserError(f"{path} is not loaded: {key} holds variances below zero")
 
 
-def load_weights_into(net_of, path, what):
+def load_net(path, first_key, net_for, what):
     """A net with the weights of a checkpoint file.
 
-    net_of: state dict -> the net that it may belong to, or None. The state dict may be the file's
-    one value or any of its values (state_dict, model, net, teacher, ...), and its keys may have a
-    prefix in common (module., model., _orig_mod.). what: the net in words, for the message. Raises
-    UserError saying what the file holds instead, or which tensor is not usable.
+    The state dict may be the whole file or any of its values (state_dict, model, net, teacher,
+    ...), and its keys may have a prefix in common (module., model., _orig_mod.), which is what
+    stands before `first_key`, a key of the net. net_for(state dict without the prefix) -> the net
+    that it may belong to. what: the net in words, for the message. Raises UserError saying what the
+    file holds instead, or which tensor is not usable.
     """
     saved = load_file(path)
     fitting = {}
     reasons = []
     for name, tensors in state_dicts_in(saved):
-        net, state = net_of(tensors)
-        if net is None:
+        state = without_prefix(tensors, first_key)
+        if state is None:
             continue
+        net = net_for(state)
         why = misfit(state, net)
         if why:
             reasons.append(why)
@@ -1922,20 +1924,17 @@ def load_teacher(path, device="cpu"):
 
 def load_resnet(path):
     """The ResNet-18, -34 or -50 of a checkpoint, told apart by their layers."""
-    return load_weights_into(resnet_of, path, f"ResNet of {NUM_CLASSES} classes")
+    return load_net(path, "conv1.weight", resnet_for, f"ResNet of {NUM_CLASSES} classes")
 
 
-def resnet_of(tensors):
-    """(the ResNet that tensors may belong to, their state dict), or (None, None)."""
-    state = without_prefix(tensors, "conv1.weight")
-    if state is None:
-        return None, None
+def resnet_for(state):
+    """The ResNet that a state dict may belong to, with fresh weights."""
     name = "resnet18"
     if "layer1.0.conv3.weight" in state:
         name = "resnet50"
     elif "layer1.2.conv1.weight" in state:
         name = "resnet34"
-    return build_student(Config(student=name)), state
+    return build_student(Config(student=name))
 
 
 def freeze(model):
@@ -2248,7 +2247,7 @@ class DistillLoss(nn.Module):
 def kd_terms(student_logits, labels, teacher_logits, temperature):
     """{"ce", "kl"}: the two terms of loss_fn_kd, CE and T^2 KL, before they are weighed."""
     return {
-        "ce": loss_fn_kd(student_logits, labels, teacher_logits, 0.0, temperature),
+        "ce": F.cross_entropy(student_logits.float(), labels),
         "kl": loss_fn_kd(student_logits, labels, teacher_logits, 1.0, temperature),
     }
 
@@ -3030,14 +3029,8 @@ def load_student(path, device="cpu"):
             "predict with its Run"
         )
     first_key = next(iter(student.state_dict()))
-
-    def student_of(tensors):
-        state = without_prefix(tensors, first_key)
-        if state is None:
-            return None, None
-        return student, state
-
-    student = load_weights_into(student_of, path, "student of the config.json beside it")
+    what = "student of the config.json beside it"
+    student = load_net(path, first_key, lambda state: student, what)
     return freeze(student).to(device), cfg
 
 
@@ -3194,7 +3187,7 @@ def run(
     names = [cfg.exp_name for cfg in configs]
     if len(set(names)) < len(names):
         raise UserError(f"run wants each stage once, under a name of its own: {', '.join(names)}")
-    for cfg in configs:
+    for cfg in configs:  # before a teacher is trained for the demo set
         check_budget(build_student(cfg))
     check_writable(out)
     teacher = None
