@@ -124,6 +124,57 @@ def test_a_projector_into_the_teachers_classifier_folds_and_leaves_the_teachers_
     assert isinstance(folded.fc, torch.nn.Linear)
 
 
+def test_choosing_never_sees_the_validation_split_and_its_halves_stay_the_same(food):
+    data = h.find_data(food)
+    halves = r.choosing_data(data)
+    trained = set(halves.ids["training"])
+    held_out = set(halves.ids["validation"])
+    assert trained | held_out == set(data.ids["training"])
+    assert not trained & held_out
+    assert 4 <= len(trained) <= 18  # of 22
+    for split in ("training", "validation"):
+        for path, label in zip(halves.files[split], halves.labels[split], strict=True):
+            assert path.parent.name == "training"
+            assert path.name.startswith(f"{label}_")
+
+    # Another image in the folder does not move the others.
+    first = data.files["training"][0]
+    first.with_name("0_99.jpg").write_bytes(first.read_bytes())
+    more = r.choosing_data(h.find_data(food))
+    assert trained <= set(more.ids["training"])
+    assert held_out <= set(more.ids["validation"])
+
+
+def test_pooled_features_teach_the_student_and_an_adapter_but_not_the_teacher(teacher):
+    cfg = r.BEYOND
+    images = torch.randn(4, 3, 64, 64)
+    labels = torch.arange(4)
+    for make in (r.pooled_features, r.related_features):
+        net = r.own_net(cfg, teacher)
+        loss_fn = make(cfg, net, teacher, None)
+        plain = h.DistillLoss(cfg, net, teacher)
+        out = loss_fn(images, labels)
+        expected = plain(images, labels).loss + out.terms["align"]
+        assert torch.allclose(out.loss, expected, rtol=1e-4)
+        assert out.terms["align"] > 0
+        out.loss.backward()
+        assert loss_fn.adapters["pool"].weight.grad.abs().sum() > 0
+        assert teacher.fc.weight.grad is None
+    features = torch.randn(6, 512)
+    assert r.relational_distance(3 * features, features) < 1e-6  # scale does not matter
+    assert r.relational_distance(torch.randn(6, 512), features) > 1e-3
+
+
+def test_early_alignment_ends_at_half_of_the_training(teacher):
+    cfg = r.BEYOND_HANDOVER
+    loss_fn = r.EarlyAlignment(cfg, h.build_student(cfg), teacher)
+    loss_fn.set_progress(0.5)
+    assert loss_fn.weights.align == 1.0
+    loss_fn.set_progress(0.51)
+    assert loss_fn.weights.align == 0.0
+    assert loss_fn.weights.kd > 0
+
+
 def test_changed_views_are_each_pictures_own_and_the_same_again_in_the_same_epoch(teacher):
     number = torch.arange(1.0, 17)  # a picture's own grey, which its own label stands for
     images = torch.ones(16, 3, 64, 64) * number[:, None, None, None]
@@ -136,6 +187,15 @@ def test_changed_views_are_each_pictures_own_and_the_same_again_in_the_same_epoc
     assert torch.allclose(mixed_labels.sum(1), torch.ones(16))
     expected = (mixed_labels @ number)[:, None, None, None]
     assert torch.allclose(blended, expected.expand_as(blended))
+
+    # Cut: every pixel is of one picture or of its partner, and the label says how many.
+    cut, cut_labels = r.cut_mixed(images, own, np.random.default_rng(1))
+    assert torch.allclose(cut_labels.sum(1), torch.ones(16))
+    for picture in range(16):
+        for partner in range(16):
+            share = (cut[picture, 0] == number[partner]).float().mean()
+            assert torch.allclose(share, cut_labels[picture, partner], atol=1e-5)
+    assert 2 < (cut_labels.max(1).values < 0.999).sum() < 14
 
     # Coloured: red and blue lie two apart, and each picture gets its own distance and brightness.
     colours = images + torch.tensor([-1.0, 0.0, 1.0])[:, None, None]
@@ -179,16 +239,20 @@ def test_the_ring_trains_stores_tabulates_and_predicts(food, teacher_file, tmp_p
     rows = pd.read_csv(results / "recipes.csv")
     assert list(rows.recipe) == names
     assert (rows.parameters == 52_795).all()
+    assert (rows.scored == "half").all()
+    assert (rows.last_accuracy == rows.accuracy).all()  # no epoch was chosen
     shares = rows[["accuracy", "last_accuracy", "six_views", "agreement"]]
     assert shares.stack().between(0, 1).all()
 
     r.main(["--table", *budget])
     assert "difference" in capsys.readouterr().out
-    assert (results / "recipes-1-64-80-0.png").is_file()
+    assert (results / "recipes-1-64-80-0-half.png").is_file()
 
     r.main(names + budget + ["--predict", str(tmp_path / "csv")])
     ids = h.read_folder(food).ids["evaluation"]
     for name in ("teacher", *names):
+        if name != "teacher":
+            name = f"{name}_1"  # one epoch
         h.validate_submission(tmp_path / f"csv/{name}.csv", ids)
 
     with pytest.raises(SystemExit):

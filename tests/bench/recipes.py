@@ -12,10 +12,16 @@ to recipes.csv in --results when its training ends, and one that is there alread
 again: name another folder to repeat the stored ones. Checkpoints and the validation logits of each
 student lie in the work folder, so a killed call goes on where it stopped.
 
-The accuracy is that of the epoch with the best validation accuracy, as `fit` keeps it;
-last_accuracy is the last epoch's, six_views that of the kept student with test-time variants of
-each picture. cpu_seconds are processor time of all threads, which a pause does not lengthen; it is
-empty for a training that was killed on the way. Candidates live here; what wins moves to
+What a row is scored on, --scored:
+
+    half   for choosing: trained on one fixed half of the training images, scored on the other half
+    once   for a chosen recipe: trained on all training images, scored on the validation split
+    best   how rows were scored before 2026-11-26: the best epoch by validation accuracy
+
+In the first two no epoch is looked at before the last: the student is what the schedule ends with,
+and the validation split has no part in any choice. cpu_seconds are processor time of all threads,
+which a pause does not lengthen; it is empty for a training that was killed on the way. six_views is
+the accuracy with test-time variants of each picture. Candidates live here; what wins moves to
 helpers.py.
 """
 
@@ -464,6 +470,73 @@ class ProjectorLoss(h.DistillLoss):
         return out._replace(loss=out.loss + distance)
 
 
+class EarlyAlignment(h.DistillLoss):
+    """DistillLoss whose layers are aligned in the first half of the training only."""
+
+    def set_progress(self, progress):
+        super().set_progress(progress)
+        if progress > 0.5:
+            self.weights = self.weights._replace(align=0.0)
+
+
+class PooledLoss(h.DistillLoss):
+    """DistillLoss plus what `compare` says of the pooled last features of student and teacher.
+
+    compare(student's (B, 512) after a linear adapter, teacher's (B, 512)) -> a scalar. These are
+    512 numbers a view, which could be stored and replayed where feature maps cannot. The adapter is
+    trained and is no part of the student.
+    """
+
+    def __init__(self, compare, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.compare = compare
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.cfg.seed)
+            width = self.student.fc.in_features
+            self.adapters["pool"] = nn.Linear(width, self.teacher.fc.in_features)
+
+    def forward(self, images, labels, teacher_logits=None):
+        with (
+            h.feature_hooks(self.student, ["pool"]) as ours,
+            h.feature_hooks(self.teacher, ["avgpool"]) as theirs,
+        ):
+            out = super().forward(images, labels)
+        adapted = self.adapters["pool"](ours["pool"].float())  # (B, 512)
+        wanted = theirs["avgpool"].flatten(1).float()  # (B, 512, 1, 1) -> (B, 512)
+        term = self.compare(adapted, wanted)
+        out.terms["align"] = term.detach()
+        return out._replace(loss=out.loss + term)
+
+
+def feature_distance(adapted, wanted):
+    """Three times the smooth L1 distance of two (B, 512): layer1's weight in the stages."""
+    return 3 * F.smooth_l1_loss(adapted, wanted)
+
+
+def relations(features):
+    """Distances between all pictures of a batch over their mean: (B, M) -> (B, B)."""
+    squares = (features[:, None] - features).square().sum(2)  # (B, B)
+    # The root's gradient is infinite at zero, where the diagonal is.
+    distances = squares.clamp(min=1e-12).sqrt()
+    others = distances.sum() / (len(features) * (len(features) - 1))
+    return distances / others
+
+
+def relational_distance(adapted, wanted):
+    """25 times the smooth L1 distance of the relations (Park et al. 2019, its distance term)."""
+    return 25 * F.smooth_l1_loss(relations(adapted), relations(wanted))
+
+
+def pooled_features(cfg, student, teacher, loss_fn_kd):
+    """A Recipe's loss: the pooled features too."""
+    return PooledLoss(feature_distance, cfg, student, teacher, loss_fn_kd=loss_fn_kd)
+
+
+def related_features(cfg, student, teacher, loss_fn_kd):
+    """A Recipe's loss: the relations of the pooled features too."""
+    return PooledLoss(relational_distance, cfg, student, teacher, loss_fn_kd=loss_fn_kd)
+
+
 class ChangedViews(h.DistillLoss):
     """DistillLoss on batches that `change` alters before teacher and student see them.
 
@@ -492,6 +565,11 @@ def mixed_views(cfg, student, teacher, loss_fn_kd):
     return ChangedViews(mixed, cfg, student, teacher, loss_fn_kd=loss_fn_kd)
 
 
+def cut_views(cfg, student, teacher, loss_fn_kd):
+    """A Recipe's loss: `cut_mixed` changes the batches."""
+    return ChangedViews(cut_mixed, cfg, student, teacher, loss_fn_kd=loss_fn_kd)
+
+
 def coloured_views(cfg, student, teacher, loss_fn_kd):
     """A Recipe's loss: `coloured` changes the batches."""
     return ChangedViews(coloured, cfg, student, teacher, loss_fn_kd=loss_fn_kd)
@@ -513,6 +591,29 @@ def mixed(images, labels, rng):
     image_weight = weight[..., None, None].to(images)  # (B, 1, 1, 1)
     images = image_weight * images + (1 - image_weight) * images[other]
     labels = weight * labels + (1 - weight) * labels[other]
+    return images, labels
+
+
+def cut_mixed(images, labels, rng):
+    """CutMix (Yun et al. 2019): half of the pictures get a rectangle of another one of the batch.
+
+    Its share of the area is uniform, its place too; what lies outside the picture is cut off.
+    images (B, 3, S, S), labels (B, 11) probabilities.
+    """
+    n = len(images)
+    side = images.shape[-1]
+    share = rng.uniform(0, 1, (n, 1))
+    share[rng.random(n) < 0.5] = 0.0
+    x, y = torch.from_numpy(rng.uniform(0, side, (2, n, 1)))  # centres, (B, 1) each
+    half_side = torch.from_numpy(side * np.sqrt(share) / 2)  # (B, 1)
+    other = torch.from_numpy(rng.permutation(n)).to(images.device)
+    pixels = torch.arange(side) + 0.5  # (S,)
+    in_columns = (pixels - x).abs() < half_side  # (B, S)
+    in_rows = (pixels - y).abs() < half_side  # (B, S)
+    inside = in_rows[:, None, :, None] & in_columns[:, None, None, :]  # (B, 1, S, S)
+    covered = inside.double().mean((1, 2, 3)).to(labels)[:, None]  # (B, 1)
+    images = torch.where(inside.to(images.device), images[other], images)
+    labels = (1 - covered) * labels + covered * labels[other]
     return images, labels
 
 
@@ -606,6 +707,7 @@ PUBLISHED_BOSS = replace(
 BEYOND = h.STAGES["beyond"]
 BEYOND_HANDOVER = replace(BEYOND, align_weights=(3.0, 2.0, 1.0), loss_schedule="handover")
 LAYERS = ((24, 2, 2), (32, 3, 2), (48, 2, 1))  # the stages' own
+FULL = ((24, 2, 2), (36, 3, 2), (50, 2, 1))  # 59,731 parameters
 NARROW = ((24, 2, 2), (32, 3, 2), (40, 2, 1))  # what a kernel of 5 leaves room for
 SHALLOW = ((24, 2, 2), (32, 2, 2), (40, 2, 1))  # what squeeze-and-excitation leaves room for
 BASE = Spec(NARROW, kernel=5, act="hswish")
@@ -665,6 +767,15 @@ RECIPES = {
     "beyond_t2": beyond(temperature=2.0),
     "beyond_t8": beyond(temperature=8.0),
     "beyond_handover": Recipe(BEYOND_HANDOVER, replay=False),
+    "handover_early": Recipe(BEYOND_HANDOVER, loss=EarlyAlignment, replay=False),
+    "handover_mix": Recipe(BEYOND_HANDOVER, loss=mixed_views, replay=False),
+    "handover_cut": Recipe(BEYOND_HANDOVER, loss=cut_views, replay=False),
+    "handover_full": Recipe(BEYOND_HANDOVER, Spec(FULL, act="hswish").build, replay=False),
+    "beyond_cut": Recipe(BEYOND, loss=cut_views, replay=False),
+    "beyond_full": Recipe(BEYOND, Spec(FULL, act="hswish").build),
+    "beyond_pooled": Recipe(BEYOND, loss=pooled_features, replay=False),
+    "beyond_related": Recipe(BEYOND, loss=related_features, replay=False),
+    "beyond_dist_t4": Recipe(BEYOND, kd=dist_kd),
     "beyond_blur": Recipe(BEYOND, Spec(LAYERS, act="hswish", blur=True).build),
     "beyond_k5": Recipe(BEYOND, BASE.build),
     "beyond_rep": Recipe(BEYOND, replace(BASE, rep=True).build),
@@ -688,12 +799,16 @@ def budget(args):
         "size": args.size,
         "teacher_size": args.teacher_size,
         "views": args.views,
+        "scored": args.scored,
     }
 
 
 def budget_name(args):
     """The budget in a file's name."""
-    return "-".join(map(str, budget(args).values()))
+    values = budget(args)
+    if values["scored"] == "best":  # the files of these rows had their names before the others came
+        del values["scored"]
+    return "-".join(map(str, values.values()))
 
 
 def of_budget(rows, args):
@@ -767,7 +882,10 @@ def train(name, args, seed, data, teacher, device):
     loss_fn = recipe.loss(cfg, net, teacher, loss_fn_kd=recipe.kd)
     loss_fn.on(device)
     folder = h.RunFolder(path, loss_fn, data)
-    history = h.fit(loss_fn, train_loader, valid_loader, folder)
+    looked_at = None  # without validation `fit` keeps the last epoch's student
+    if args.scored == "best":
+        looked_at = valid_loader
+    history = h.fit(loss_fn, train_loader, looked_at, folder)
     small = deployed(net)
     logits, labels = h.predict_logits(net, valid_loader)
     check_deployed(name, net, small, valid_loader, logits)
@@ -778,7 +896,10 @@ def train(name, args, seed, data, teacher, device):
     six = six_view_probabilities(net, cfg, data, valid_loader)
     torch.save({"logits": logits, "labels": labels, "six_views": six}, path / "valid.pt")
     row = {"recipe": name, **budget(args), "seed": seed}
-    row |= scores(logits, labels, six, history)
+    row |= scores(logits, labels, six)
+    row["last_accuracy"] = row["accuracy"]
+    if args.scored == "best":
+        row["last_accuracy"] = history[-1]["valid_acc"]
     row |= costs(small, history, cpu_seconds)
     return row, logits
 
@@ -810,13 +931,12 @@ def fraction_equal(classes, others):
     return (classes == others).double().mean().item()
 
 
-def scores(logits, labels, six, history):
+def scores(logits, labels, six):
     """The columns of a row that say how good a student is."""
     accuracy = accuracy_of(logits, labels)
     return {
         "accuracy": accuracy,
         "s.e.": h.standard_error(accuracy, len(labels)),
-        "last_accuracy": history[-1]["valid_acc"],
         "six_views": accuracy_of(six, labels),
     }
 
@@ -862,6 +982,25 @@ def score_teacher(args, data, teacher, device):
     return logits.argmax(1)
 
 
+def choosing_data(data):
+    """The FoodData on which recipes are chosen: its training images, in two fixed halves.
+
+    One is trained on, the other stands where the validation split was. An image's half is that of
+    its id, whatever else is in the folder; the validation split itself is not in it.
+    """
+    halves = {}
+    is_held_out = [int(h.fingerprint(image_id), 16) % 2 for image_id in data.ids["training"]]
+    for name in ("files", "labels", "ids"):
+        splits = getattr(data, name)
+        training = []
+        held_out = []
+        for value, held in zip(splits["training"], is_held_out, strict=True):
+            half = held_out if held else training
+            half.append(value)
+        halves[name] = splits | {"training": training, "validation": held_out}
+    return replace(data, **halves)
+
+
 def load_ring_teacher(args, data, device):
     """The data folder's teacher, enlarging what it sees where --teacher-size says so."""
     teacher = h.load_teacher(data.teacher_path, device)
@@ -872,19 +1011,37 @@ def load_ring_teacher(args, data, device):
 
 
 def predict_all(names, args, data, teacher, device):
-    """<name>.csv of the evaluation images for trained recipes (the first seed) and the teacher."""
+    """CSVs of the evaluation images for trained recipes and the teacher, named by csv_name.
+
+    With --six-views they are predicted from test-time variants of each picture.
+    """
     nets = {"teacher": teacher}
     for name in names:
         recipe = RECIPES[name]
-        net = recipe.net(recipe.cfg, teacher)
-        path = work_folder(name, args, args.seeds[0]) / "student_best.ckpt"
-        net.load_state_dict(h.load_file(path))
-        nets[name] = h.freeze(net)
+        for seed in args.seeds:
+            net = recipe.net(recipe.cfg, teacher)
+            path = work_folder(name, args, seed) / "student_best.ckpt"
+            net.load_state_dict(h.load_file(path))
+            nets[csv_name(name, args, seed)] = h.freeze(net)
     cfg = h.Config(image_size=args.size)
     split = h.load_data(data, "evaluation", "eval", args.size)
+    whole = None
+    if args.six_views:
+        whole = h.load_data(data, "evaluation", "whole", args.size)
     for name, net in nets.items():
-        classes = h.predict(net, split, cfg, device)
+        classes = h.predict(net, split, cfg, device, whole)
         h.write_submission(args.predict / f"{name}.csv", split.ids, classes)
+
+
+def csv_name(name, args, seed):
+    """What an evaluation CSV is called: recipe, epochs if not 30, seed if not 1, six views."""
+    if args.epochs != 30:
+        name = f"{name}_{args.epochs}"
+    if seed != 1:
+        name = f"{name}_seed{seed}"
+    if args.six_views:
+        name = f"{name}_six"
+    return name
 
 
 # --- the table ------------------------------------------------------------------------------------
@@ -1026,12 +1183,14 @@ def build_parser():
     add("--teacher-size", type=int, default=176, help="what the teacher sees the views enlarged to")
     add("--seeds", type=int, nargs="+", default=[1])
     add("--views", type=int, default=0, help="replay so many teacher views (0: one for each epoch)")
+    add("--scored", choices=("half", "once", "best"), default="half", help="see above")
     add("--amp", default="off", help="off: float32, the stored rows' own; auto: mixed precision")
     add("--work", type=Path, default=h.cache_root() / "recipes")
     add("--list", action="store_true")
     add("--table", action="store_true")
     add("--against", default="published_boss")
     add("--predict", type=Path)
+    add("--six-views", action="store_true", help="predict from test-time variants too")
     return parser
 
 
@@ -1049,6 +1208,8 @@ def main(argv=None):
         parser.error("name a data folder with --data DIR or HW13_PHOTOS")
     device = h.pick_device()
     data = h.find_data(args.data)
+    if args.scored == "half":
+        data = choosing_data(data)
     teacher = load_ring_teacher(args, data, device)
     if args.predict:
         predict_all(names, args, data, teacher, device)
