@@ -12,6 +12,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HW13_FAST"] = "1"
+os.environ["HW13_STRICT"] = "1"  # an illustration that fails is an error here
 
 import helpers as h  # noqa: E402
 

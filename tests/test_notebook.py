@@ -34,10 +34,11 @@ def outputs(notebook):
 
 
 def assert_ran_well(notebook):
-    """No cell ended in an error, and none wrote to stderr."""
+    """No cell ended in an error, none wrote to stderr, and no illustration is missing."""
     for output in outputs(notebook):
         assert output.output_type != "error", output
         assert output.get("name") != "stderr", output
+        assert "Not shown" not in output.get("text", ""), output
 
 
 def test_the_committed_notebook_is_small_and_clean():

@@ -1,14 +1,21 @@
 """Pictures take data and return a Figure; they never show it and leave pyplot as it was."""
 
+import base64
+import io
 import re
 import time
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.capture import capture_output
 from matplotlib.figure import Figure
+from PIL import Image
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models.resnet import BasicBlock
 
 import helpers as h
@@ -75,11 +82,67 @@ def figures(food):
 def test_each_picture_is_a_figure_that_names_its_data_also_to_who_cannot_see_it(figures):
     for name, figure in figures.items():
         assert isinstance(figure, Figure), name
-        assert "own photographs" in figure.get_suptitle(), name
+        assert "own photographs" in figure.alt_text, name
         alt = re.match('<img alt="([^"]+)" [^>]+base64,[^"]{999}', figure._repr_html_())
         assert alt, name
         assert "own photographs" in alt[1], name
     assert plt.get_fignums() == []
+
+
+def a_figure():
+    return h.plot_lines(pd.DataFrame({"a": [1, 2]}, [0, 1]), "two <lines>\nof text", "y")
+
+
+def picture_in(text):
+    """The PIL image of a base64 text."""
+    return Image.open(io.BytesIO(base64.b64decode(text)))
+
+
+def test_a_figure_has_its_title_as_it_was_given():
+    figure = a_figure()
+    assert figure.texts[0].get_text() == "two <lines>\nof text"
+    assert figure.alt_text == "two <lines> of text"
+    assert 'alt="two &lt;lines&gt; of text"' in figure._repr_html_()
+
+
+def test_a_notebook_gets_a_figure_as_html_as_png_and_as_text():
+    """An exporter that takes no HTML (LaTeX) has the PNG, one that takes no picture the title."""
+    InteractiveShell.instance()
+    with capture_output() as captured:
+        InteractiveShell.instance().display_formatter.format(a_figure())
+    forms = captured.outputs[0].data
+    assert forms["text/html"].startswith("<img alt")
+    assert forms["text/plain"] == "two <lines> of text"
+    picture = picture_in(forms["image/png"])
+    assert picture.format == "PNG"
+    in_html = picture_in(re.search('base64,([^"]+)', forms["text/html"])[1])
+    assert in_html.format == "WEBP"
+    assert in_html.size == picture.size == (560, 256)
+    # Few colours, but the same picture.
+    difference = np.asarray(in_html.convert("L"), int) - np.asarray(picture.convert("L"), int)
+    assert abs(difference).mean() < 3
+
+
+def test_a_pillow_without_webp_shows_a_png(monkeypatch):
+    Image.init()
+    monkeypatch.delitem(Image.SAVE, "WEBP")
+    page = a_figure()._repr_html_()
+    assert picture_in(re.search('image/png;base64,([^"]+)', page)[1]).format == "PNG"
+
+
+def broken_figure():
+    """A figure whose text no font can set, which shows when it is drawn."""
+    figure = a_figure()
+    figure.suptitle("$\\no_such_command$")
+    return figure
+
+
+def test_a_figure_that_cannot_be_drawn_is_said(monkeypatch, capsys):
+    with pytest.raises(ValueError, match="no_such_command"):
+        broken_figure()._ipython_display_()
+    monkeypatch.delenv("HW13_STRICT")
+    broken_figure()._ipython_display_()
+    assert capsys.readouterr().out.startswith("Not shown, and the run goes on: ValueError: ")
 
 
 def test_confusion_matrix_counts():
@@ -110,7 +173,7 @@ def test_mistakes_of_the_student_that_the_teacher_gets_right(food):
     split = h.load_data(h.find_data(food), "validation", "eval", 64)
     student = torch.full((11,), 3)
     teacher = torch.where(split.labels < 6, split.labels, 0)
-    title = h.plot_mistakes(split, student, teacher).get_suptitle()
+    title = h.plot_mistakes(split, student, teacher).alt_text
     # The labels 0 to 5, but not 3.
     assert title.startswith("5 mistakes of the student that the teacher gets right")
 
@@ -152,6 +215,53 @@ def test_epoch_parts_tell_waiting_from_training(tiny):
     parts = h.epoch_parts(h.get_config("boss", **tiny), Sleepy(), torch.device("cpu"))
     assert 0.4 <= parts["waiting for pictures"] < 4
     assert parts["training on them"] > 0
+
+
+def without_shared_memory(samples):
+    """A collate_fn that fails as torch's does in a worker whose /dev/shm is full."""
+    if torch.utils.data.get_worker_info():
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>")
+    return torch.utils.data.default_collate(samples)
+
+
+def test_workers_without_shared_memory_are_timed_over_pipes(tiny, capsys):
+    cfg = h.get_config("boss", **tiny)
+    dataset = TensorDataset(torch.randn(8, 3, 64, 64), torch.arange(8))
+    loader = DataLoader(dataset, 4, num_workers=1, collate_fn=without_shared_memory)
+    parts = h.epoch_parts(cfg, loader, torch.device("cpu"))
+    assert parts["waiting for pictures"] > 0
+    assert parts["training on them"] > 0
+    out = capsys.readouterr().out
+    assert "unable to allocate shared memory" in out
+    assert "through pipes" in out
+    assert out.count("\n") == 1
+
+
+def test_arrays_of_a_batch_are_what_torch_collates():
+    dataset = TensorDataset(torch.randn(4, 3, 8, 8), torch.arange(4))
+    wanted = torch.utils.data.default_collate(list(dataset))
+    images, labels = h.stack_as_arrays(dataset)
+    assert isinstance(images, np.ndarray)
+    assert torch.equal(torch.as_tensor(images), wanted[0])
+    assert torch.equal(torch.as_tensor(labels), wanted[1])
+
+
+def test_a_loader_that_cannot_be_timed_has_no_bar(tiny, monkeypatch, capsys):
+    class Broken:
+        dataset = range(8)
+
+        def __iter__(self):
+            raise OSError("[Errno 38] Function not implemented")
+
+    cfg = h.get_config("boss", **tiny)
+    with pytest.raises(OSError):
+        h.epoch_parts(cfg, Broken(), torch.device("cpu"))
+    monkeypatch.delenv("HW13_STRICT")
+    parts = {"this": {"wait": 2.0, "train": 1.0}}
+    parts["broken"] = h.epoch_parts(cfg, Broken(), torch.device("cpu"))
+    assert "Function not implemented" in capsys.readouterr().out
+    labels = h.plot_epoch_parts(parts, "x").axes[0].get_yticklabels()
+    assert [label.get_text() for label in labels] == ["this"]
 
 
 def test_gradient_sizes_by_hand():

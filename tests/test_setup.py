@@ -256,3 +256,46 @@ def test_a_gpu_that_runs_no_kernel_is_named(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(h.UserError, match="there are 1 GPUs"):
         h.pick_device()
+
+
+# --- what is only looked at -----------------------------------------------------------------------
+
+
+def broken():
+    raise RuntimeError("no memory\nand more lines")
+
+
+@h.illustration()
+def broken_picture():
+    """A picture."""
+    broken()
+
+
+def test_an_illustration_that_fails_is_an_error_in_the_tests():
+    with pytest.raises(RuntimeError, match="no memory"):
+        broken_picture()
+    with pytest.raises(RuntimeError, match="no memory"), h.illustration():
+        broken()
+
+
+def test_an_illustration_that_fails_is_said_and_the_run_goes_on(monkeypatch, capsys):
+    monkeypatch.delenv("HW13_STRICT")
+    assert broken_picture() is None
+    with h.illustration():
+        broken()
+    said = "Not shown, and the run goes on: RuntimeError: no memory\n"
+    assert capsys.readouterr().out == 2 * said
+    assert broken_picture.__doc__ == "A picture."
+
+
+def test_a_stop_by_hand_goes_through_an_illustration(monkeypatch):
+    monkeypatch.delenv("HW13_STRICT")
+    with pytest.raises(KeyboardInterrupt), h.illustration():
+        raise KeyboardInterrupt
+
+
+def test_the_reason_of_an_error_is_one_short_line():
+    worker = RuntimeError("Caught in worker 0.\nOriginal Traceback (...):\n  File\nOSError: full\n")
+    assert h.reason(worker) == "RuntimeError: OSError: full"
+    assert h.reason(KeyError()) == "KeyError:"
+    assert len(h.reason(ValueError("word " * 100))) <= 200
