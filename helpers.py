@@ -138,13 +138,13 @@ def illustration():
 
 
 def reason(error):
-    """The kind of an error and the line of its text that tells most, at most 200 characters."""
+    """The kind of an error and the first line of its text, at most 200 characters."""
     lines = str(error).strip().splitlines() or [""]
-    line = lines[0]
-    # The error of a DataLoader's worker holds its whole traceback, with the reason at the end.
-    if any("Traceback" in text for text in lines):
-        line = lines[-1]
-    return textwrap.shorten(f"{type(error).__name__}: {line}", 200, placeholder=" ...")
+    text = f"{type(error).__name__}: {lines[0]}"
+    # The error of a DataLoader's worker quotes a traceback, which ends in the worker's own error.
+    if any("Traceback" in line for line in lines):
+        text = lines[-1]
+    return textwrap.shorten(text, 200, placeholder=" ...")
 
 
 @illustration()

@@ -296,6 +296,6 @@ def test_a_stop_by_hand_goes_through_an_illustration(monkeypatch):
 
 def test_the_reason_of_an_error_is_one_short_line():
     worker = RuntimeError("Caught in worker 0.\nOriginal Traceback (...):\n  File\nOSError: full\n")
-    assert h.reason(worker) == "RuntimeError: OSError: full"
+    assert h.reason(worker) == "OSError: full"
     assert h.reason(KeyError()) == "KeyError:"
     assert len(h.reason(ValueError("word " * 100))) <= 200
