@@ -8,7 +8,7 @@ This file holds all code of hw13_distill.ipynb, in the order in which the notebo
  3  Loader             sample_affine, warp, BatchLoader
  4  Students           dwpw_conv, build_student, get_student_model, check_budget, layer_table
  5  Teacher            load_teacher, soft_labels, the teacher's stored logits
- 6  Losses             loss_fn_kd, alignment, DistillLoss, check_loss_fn_kd
+ 6  Losses             loss_fn_kd, alignment, DistillLoss; the checks of a learner's own answers
  7  Training           train_one_epoch, evaluate, fit
  8  Runs               RunFolder, prepare_stage, run_stage, run, final_fit, train_teacher
  9  Submission         predict, write_submission, validate_submission
@@ -33,6 +33,7 @@ import hashlib
 import html
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -1688,7 +1689,7 @@ def check_budget(model, limit=PARAM_LIMIT):
     Strict is the larger of two counts. All parameters once, trained or frozen: that catches a bare
     nn.Parameter. Each module's own parameters once for each call: that catches a module called
     twice, which the course's tool counts twice. A stage is checked when it is prepared, and again
-    before its student predicts.
+    before its student predicts. A block that stands alone, dwpw_conv(64, 128), is counted too.
     """
     once = sum(p.numel() for p in model.parameters())
     at_each_call = sum(own for _, _, own in trace_calls(model, 64))
@@ -1731,8 +1732,24 @@ def trace_calls(model, image_size):
         evaluation_mode(model) as device,
         nn.modules.module.register_module_forward_hook(record),
     ):
-        model(torch.zeros(1, 3, image_size, image_size, device=device))
+        try:
+            model(torch.zeros(1, 3, image_size, image_size, device=device))
+        except RuntimeError:
+            channels = first_channels(model)
+            if channels in (None, 3):
+                raise
+            # It is no net but a block, which takes feature maps.
+            calls.clear()
+            model(torch.zeros(1, channels, image_size, image_size, device=device))
     return calls
+
+
+def first_channels(model):
+    """What the first convolution of a model takes, None without one."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            return module.in_channels
+    return None
 
 
 def macs_by_module(model, image_size):
@@ -2098,7 +2115,7 @@ def loss_weights(cfg, progress):
 
 @contextlib.contextmanager
 def feature_hooks(model, layers):
-    """A dict that a forward pass inside the block fills with the outputs of the named layers.
+    """A dict that a forward pass inside the block fills with the named layers' outputs, in fp32.
 
     No hook outlives the block.
     """
@@ -2106,7 +2123,7 @@ def feature_hooks(model, layers):
 
     def keep_as(name):
         def keep(module, inputs, output):
-            features[name] = output
+            features[name] = output.float()  # as the losses want it, whatever the autocast
 
         return keep
 
@@ -2183,8 +2200,8 @@ Distilled = namedtuple("Distilled", "loss terms student_logits teacher_logits")
 
 
 def taught_functions():
-    """The loss and the alignment that train where nobody hands in their own."""
-    return loss_fn_kd, alignment
+    """The loss, the alignment and the schedule that train where nobody hands in their own."""
+    return loss_fn_kd, alignment, loss_weights
 
 
 class DistillLoss(nn.Module):
@@ -2196,12 +2213,15 @@ class DistillLoss(nn.Module):
     or wider than the teacher's: trained, never counted, never saved with the student. The networks
     run under autocast to `dtype`; the losses are fp32.
 
-    loss_fn_kd, alignment: your own in place of this module's, with the same arguments. The loss
-    gets the true alpha and temperature, and its value is what is minimised.
+    loss_fn_kd, alignment, loss_weights: your own in place of this module's, with the same
+    arguments. The loss gets fp32 logits and the true alpha and temperature, and its value is what
+    is minimised.
     Raises UserError where a term needs a teacher and there is none.
     """
 
-    def __init__(self, cfg, student, teacher=None, loss_fn_kd=None, alignment=None):
+    def __init__(
+        self, cfg, student, teacher=None, loss_fn_kd=None, alignment=None, loss_weights=None
+    ):
         super().__init__()
         if cfg.needs_teacher and teacher is None:
             raise UserError(
@@ -2217,9 +2237,10 @@ class DistillLoss(nn.Module):
         # Stored in __dict__, so that nn.Module does not register it: no optimizer, checkpoint or
         # data-parallel wrapper sees the teacher's weights, and train() does not reach it.
         self.__dict__["teacher"] = None if teacher is None else freeze(teacher)
-        standard_loss, standard_alignment = taught_functions()
+        standard_loss, standard_alignment, standard_weights = taught_functions()
         self.loss_fn_kd = loss_fn_kd or standard_loss
         self.alignment = alignment or standard_alignment
+        self.loss_weights = loss_weights or standard_weights
         self.layers = {}  # {"layer1": weight, ...}
         for number, weight in enumerate(cfg.align_weights, 1):
             if weight:
@@ -2245,7 +2266,7 @@ class DistillLoss(nn.Module):
 
     def set_progress(self, progress):
         """Choose the weights for progress p = (epoch + 1) / n_epochs."""
-        self.weights = loss_weights(self.cfg, progress)
+        self.weights = self.loss_weights(self.cfg, progress)
 
     def forward(self, images, labels, teacher_logits=None):
         with self._autocast(images), feature_hooks(self.student, self.layers) as student_maps:
@@ -2265,7 +2286,8 @@ class DistillLoss(nn.Module):
 
         kd, alpha, align = self.weights
         temperature = self.cfg.temperature
-        loss = kd * self.loss_fn_kd(student_logits, labels, teacher_logits, alpha, temperature)
+        both = (student_logits.float(), labels, teacher_logits.float())
+        loss = kd * self.loss_fn_kd(*both, alpha, temperature)
         terms = kd_terms(student_logits.detach(), labels, teacher_logits, temperature)
         if self.layers:
             term = self.alignment(student_maps, teacher_maps, self.layers, self.adapters)
@@ -2285,138 +2307,809 @@ def kd_terms(student_logits, labels, teacher_logits, temperature):
     }
 
 
-# --- checking a learner's own loss ----------------------------------------------------------------
+# --- checking a learner's own answers -------------------------------------------------------------
 
-KD_MISTAKES = {}  # hint -> a loss_fn_kd with this mistake
-
-
-def mistake(hint):
-    """Enter a mistaken loss_fn_kd into KD_MISTAKES."""
-
-    def enter(function):
-        KD_MISTAKES[hint] = function
-        return function
-
-    return enter
+# A check asks an answer and its reference the same made-up questions. Where they differ it asks
+# wrong versions too, which a table of mistakes describes: {hint: what is changed in the right
+# version}. The mistake that gives what the answer gives is named; two at once are tried last.
 
 
-def weigh_kd(soft_loss, student, labels, alpha, factor):
-    """alpha * factor * soft loss + (1 - alpha) * CE."""
-    return alpha * factor * soft_loss + (1 - alpha) * F.cross_entropy(student, labels)
+class WrongAnswer(Exception):
+    """What is wrong with a learner's answer, as the end of a sentence."""
 
 
-def softened_kl(student, teacher, student_t, teacher_t, reduction="batchmean"):
-    """KL of logits (B, 11) softened by a temperature each."""
-    log_p = F.log_softmax(student / student_t, 1)
-    q = F.softmax(teacher / teacher_t, 1)
-    return F.kl_div(log_p, q, reduction=reduction)
+def same_tensors(given, wanted):
+    """Whether two lists of tensors are equal but for rounding; NaN equals NaN."""
+    if [x.shape for x in given] != [y.shape for y in wanted]:
+        return False
+    pairs = zip(given, wanted, strict=True)
+    return all(torch.allclose(x, y, rtol=1e-3, atol=1e-4, equal_nan=True) for x, y in pairs)
 
 
-@mistake("reduction='mean' divides by the classes too (11 times too small): use 'batchmean'")
-def mean_reduction(student, labels, teacher, alpha, t):
-    soft_loss = softened_kl(student, teacher, t, t) / NUM_CLASSES
-    return weigh_kd(soft_loss, student, labels, alpha, t**2)
+def mistakes_to_try(mistakes):
+    """Yield (hint, changes): each mistake alone, then each two that can be made at once."""
+    yield from mistakes.items()
+    for one, other in itertools.combinations(mistakes, 2):
+        if not mistakes[one].keys() & mistakes[other].keys():
+            yield f"{one}. And: {other}", mistakes[one] | mistakes[other]
 
 
-@mistake("reduction='sum' grows with the batch: use 'batchmean'")
-def sum_reduction(student, labels, teacher, alpha, t):
-    soft_loss = softened_kl(student, teacher, t, t, "sum")
-    return weigh_kd(soft_loss, student, labels, alpha, t**2)
+def choices_of(right, changes):
+    """The choices of a right version with some of them changed, as attributes."""
+    return types.SimpleNamespace(**(right | changes))
 
 
-@mistake("F.kl_div wants log-probabilities of the student first: log_softmax, not softmax")
-def probabilities_first(student, labels, teacher, alpha, t):
-    p = F.softmax(student / t, 1)
-    q = F.softmax(teacher / t, 1)
-    soft_loss = F.kl_div(p, q, reduction="batchmean")
-    return weigh_kd(soft_loss, student, labels, alpha, t**2)
+def named_mistake(given, observe, variant, mistakes):
+    """The hint of the mistake with which `observe` sees what it saw of the answer, or None."""
+    for hint, changes in mistakes_to_try(mistakes):
+        # Two mistakes together need not even run.
+        with contextlib.suppress(WrongAnswer, RuntimeError, ValueError):
+            if same_tensors(given, observe(functools.partial(variant, **changes))):
+                return hint
+    return None
 
 
-@mistake("F.kl_div wants the teacher's probabilities, not their logarithm")
-def logarithms_second(student, labels, teacher, alpha, t):
-    log_p = F.log_softmax(student / t, 1)
-    log_q = F.log_softmax(teacher / t, 1)
-    soft_loss = F.kl_div(log_p, log_q, reduction="batchmean")
-    return weigh_kd(soft_loss, student, labels, alpha, t**2)
+def seen_of(observe, answer):
+    """What `observe` sees of a learner's answer; WrongAnswer where it cannot be asked."""
+    try:
+        return observe(answer)
+    except WrongAnswer:
+        raise
+    except NotImplementedError:
+        raise WrongAnswer("it is still to be written") from None
+    except UserError as error:
+        raise WrongAnswer(str(error)) from None
+    except Exception as error:  # whatever a learner's code raises is theirs to read
+        raise WrongAnswer(f"it raises {type(error).__name__}: {error}") from None
 
 
-@mistake("the soft loss is not multiplied by temperature ** 2")
-def no_square(student, labels, teacher, alpha, t):
-    soft_loss = softened_kl(student, teacher, t, t)
-    return weigh_kd(soft_loss, student, labels, alpha, 1)
+def first_difference(given, wanted):
+    """Where two lists of tensors part first, in words."""
+    for number, (x, y) in enumerate(zip(given, wanted, strict=False), 1):
+        if x.shape != y.shape:
+            return f"its result {number} has the shape {tuple(x.shape)}, not {tuple(y.shape)}"
+        if not same_tensors([x], [y]):
+            place = (x - y).abs().nan_to_num(math.inf).flatten().argmax()
+            ours = x.flatten()[place]
+            return f"it gives {ours:.4f} where {y.flatten()[place]:.4f} is wanted"
+    return f"it gives {len(given)} results where {len(wanted)} are wanted"
 
 
-@mistake("the soft loss is multiplied by temperature, not by its square")
-def single_temperature(student, labels, teacher, alpha, t):
-    soft_loss = softened_kl(student, teacher, t, t)
-    return weigh_kd(soft_loss, student, labels, alpha, t)
+def say_not_yet(why):
+    """Print what is wrong with an answer; returns False."""
+    text = str(why)
+    if not text.endswith((".", "?")):
+        text += "."
+    print(f"Not yet: {text}")
+    return False
 
 
-@mistake("the student's logits are not divided by the temperature")
-def hard_student(student, labels, teacher, alpha, t):
-    soft_loss = softened_kl(student, teacher, 1, t)
-    return weigh_kd(soft_loss, student, labels, alpha, t**2)
+def judge(answer, reference, observe, variant, mistakes, name=None):
+    """Print "Right ..." or "Not yet: ..." with the reason, and return True or False.
+
+    answer, reference: a learner's function and this module's. observe(function) -> what comes out
+    of it, a list of tensors. variant(*arguments, **changes): the function with a mistake. name: of
+    the reference, where its own says less.
+    """
+    wanted = observe(reference)
+    try:
+        given = seen_of(observe, answer)
+        if not same_tensors(given, wanted):
+            known = named_mistake(given, observe, variant, mistakes)
+            unknown = f"{first_difference(given, wanted)}, and that is no known mistake"
+            raise WrongAnswer(known or unknown)
+    except WrongAnswer as why:
+        return say_not_yet(why)
+    print(f"Right: it agrees with {name or reference.__name__}.")
+    return True
 
 
-@mistake("the teacher's logits are not divided by the temperature")
-def hard_teacher(student, labels, teacher, alpha, t):
-    soft_loss = softened_kl(student, teacher, t, 1)
-    return weigh_kd(soft_loss, student, labels, alpha, t**2)
+def kind_of(value):
+    """What an answer returned, in words."""
+    if value is None:
+        return "nothing (is the return statement missing?)"
+    return f"a {type(value).__name__}"
 
 
-@mistake("student and teacher are swapped")
-def swapped_nets(student, labels, teacher, alpha, t):
-    soft_loss = softened_kl(teacher, student, t, t)
-    return weigh_kd(soft_loss, teacher, labels, alpha, t**2)
+def as_tensor(value, shape):
+    """What an answer returned, if it is a tensor of that shape; else WrongAnswer."""
+    if not isinstance(value, torch.Tensor):
+        raise WrongAnswer(f"it returns {kind_of(value)}, where a tensor is wanted")
+    if tuple(value.shape) != shape:
+        wanted = f"the shape {shape}"
+        if shape == ():
+            wanted = "a scalar"
+        raise WrongAnswer(f"it returns the shape {tuple(value.shape)}, where {wanted} is wanted")
+    return value
 
 
-@mistake("alpha weighs the labels instead of the soft loss")
-def flipped_alpha(student, labels, teacher, alpha, t):
-    soft_loss = softened_kl(student, teacher, t, t)
-    return weigh_kd(soft_loss, student, labels, 1 - alpha, t**2)
+def gradients_of(value, inputs):
+    """The gradients of a scalar for its inputs, zero where it does not depend on one."""
+    if isinstance(value, (int, float)):
+        raise WrongAnswer("it returns a plain number, which has no gradient: leave out .item()")
+    value = as_tensor(value, ())
+    if not value.requires_grad:
+        raise WrongAnswer(
+            "its value has no gradient, so nothing could learn from it: "
+            "leave out .detach(), .item() and torch.no_grad()"
+        )
+    return list(torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True))
+
+
+# The soft labels.
+
+RIGHT_SOFT_LABELS = {"power": -1, "dim": -1, "log": False, "divides_after": False}
+
+SOFT_LABEL_MISTAKES = {
+    "the logits are multiplied by the temperature: divide by it": {"power": 1},
+    "the temperature is not used": {"power": 0},
+    "the softmax runs over the batch: it belongs to the last dimension, the classes": {"dim": 0},
+    "that is the logarithm of the softmax: softmax, not log_softmax": {"log": True},
+    "the temperature divides the probabilities: divide the logits, before the softmax": {
+        "power": 0,
+        "divides_after": True,
+    },
+}
+
+
+def soft_labels_variant(logits, temperature, **changes):
+    """soft_labels with some of RIGHT_SOFT_LABELS changed."""
+    choices = choices_of(RIGHT_SOFT_LABELS, changes)
+    soft = F.log_softmax(logits.float() * temperature**choices.power, choices.dim)
+    if not choices.log:
+        soft = soft.exp()
+    if choices.divides_after:
+        soft = soft / temperature
+    return soft
+
+
+def observe_soft_labels(function):
+    """The soft labels of a batch, of one picture, and of logits so large that exp overflows."""
+    logits = 3 * torch.randn(6, NUM_CLASSES, generator=torch.Generator().manual_seed(0))
+    seen = []
+    for case, temperature in ((logits, 4.0), (logits[0], 2.0), (300 * logits, 1.0)):
+        try:
+            soft = function(case, temperature)
+        except IndexError:
+            raise WrongAnswer(
+                "it fails for the logits of one picture, (11,): "
+                "the classes are the last dimension, dim=-1"
+            ) from None
+        seen.append(as_tensor(soft, tuple(case.shape)).detach())
+    return seen
+
+
+def check_soft_labels(answer):
+    """Tell a learner whether their soft_labels(logits, temperature) is right: True or False."""
+    mistakes = SOFT_LABEL_MISTAKES
+    return judge(answer, soft_labels, observe_soft_labels, soft_labels_variant, mistakes)
+
+
+# The loss of distillation. The choices of the right version, and what a mistake makes of them.
+
+RIGHT_KD = {
+    "divergence": "KL(teacher || student)",
+    "divisor": "batch",
+    "sign": 1,
+    "dim": 1,
+    "student_power": 1,  # logits are divided by T to this power
+    "teacher_power": 1,
+    "soft_weight": "alpha",
+    "soft_power": 2,  # the soft loss is multiplied by T to this power
+    "hard_input": "logits",
+    "hard_weight": "1 - alpha",
+    "hard_power": 0,
+    "hard_reduction": "mean",
+    "swaps_nets": False,
+    "swaps_numbers": False,
+}
+
+KD_MISTAKES = {
+    "student and teacher are swapped inside the KL. F.kl_div(log_p, q) computes KL(q || p): "
+    "the student's logarithms come first, the teacher's probabilities second": {
+        "divergence": "KL(student || teacher)"
+    },
+    "reduction='mean' divides by the classes too (11 times too small): use 'batchmean'": {
+        "divisor": "batch and classes"
+    },
+    "reduction='sum' grows with the batch: use 'batchmean'": {"divisor": "nothing"},
+    "F.kl_div wants log-probabilities of the student first: log_softmax, not softmax": {
+        "divergence": "kl_div(p, q)"
+    },
+    "F.kl_div wants the teacher's probabilities, not their logarithm": {
+        "divergence": "kl_div(log p, log q)"
+    },
+    "the arguments of F.kl_div are in the wrong order: "
+    "the student's logarithms come first, the teacher's probabilities second": {
+        "divergence": "kl_div(q, log p)"
+    },
+    "F.kl_div has the teacher's probabilities first and the student's second: "
+    "it wants the student's logarithms first, the teacher's probabilities second": {
+        "divergence": "kl_div(q, p)"
+    },
+    "the soft loss has the wrong sign": {"sign": -1},
+    "the soft loss is not multiplied by temperature ** 2": {"soft_power": 0},
+    "the soft loss is multiplied by temperature, not by its square": {"soft_power": 1},
+    "T ** 2 multiplies both losses: the labels' loss knows no temperature": {"hard_power": 2},
+    "the student's logits are not divided by the temperature": {"student_power": 0},
+    "the teacher's logits are not divided by the temperature": {"teacher_power": 0},
+    "neither net's logits are divided by the temperature": {
+        "student_power": 0,
+        "teacher_power": 0,
+    },
+    "logits are multiplied by the temperature: divide by it": {
+        "student_power": -1,
+        "teacher_power": -1,
+    },
+    "the softmax runs over the batch (dim=0): it belongs over the classes, dim=1": {"dim": 0},
+    "student and teacher are swapped in both losses": {"swaps_nets": True},
+    "alpha and temperature are swapped: the arguments are (..., alpha, temperature)": {
+        "swaps_numbers": True
+    },
+    "alpha weighs the labels instead of the soft loss": {
+        "soft_weight": "1 - alpha",
+        "hard_weight": "alpha",
+    },
+    "the labels' loss is not multiplied by 1 - alpha": {"hard_weight": "1"},
+    "the labels' loss is multiplied by alpha: it wants 1 - alpha": {"hard_weight": "alpha"},
+    "the soft loss is not multiplied by alpha": {"soft_weight": "1"},
+    "the labels' loss is missing, or detached from its gradient": {"hard_weight": "0"},
+    "the soft loss is missing, or detached from its gradient": {"soft_weight": "0"},
+    "the cross-entropy sees logits divided by the temperature: it wants the plain ones": {
+        "hard_input": "logits / T"
+    },
+    "the cross-entropy gets probabilities: F.cross_entropy wants logits": {
+        "hard_input": "probabilities"
+    },
+    "the cross-entropy is summed over the batch: it wants the mean": {"hard_reduction": "sum"},
+}
+
+
+def soft_variant(student_logits, teacher_logits, temperature, choices):
+    """The soft loss as the choices have it."""
+    log_p = F.log_softmax(student_logits / temperature**choices.student_power, choices.dim)
+    log_q = F.log_softmax(teacher_logits / temperature**choices.teacher_power, choices.dim)
+    arguments = {
+        "KL(teacher || student)": (log_p, log_q.exp()),
+        "KL(student || teacher)": (log_q, log_p.exp()),
+        "kl_div(p, q)": (log_p.exp(), log_q.exp()),
+        "kl_div(log p, log q)": (log_p, log_q),
+        "kl_div(q, log p)": (log_q.exp(), log_p),
+        "kl_div(q, p)": (log_q.exp(), log_p.exp()),
+    }
+    first, second = arguments[choices.divergence]
+    total = choices.sign * F.kl_div(first, second, reduction="sum")
+    divisors = {"batch": len(log_p), "batch and classes": log_p.numel(), "nothing": 1}
+    return total / divisors[choices.divisor]
+
+
+def hard_variant(student_logits, labels, temperature, choices):
+    """The labels' loss as the choices have it."""
+    inputs = {
+        "logits": student_logits,
+        "logits / T": student_logits / temperature,
+        "probabilities": F.softmax(student_logits, 1),
+    }
+    return F.cross_entropy(inputs[choices.hard_input], labels, reduction=choices.hard_reduction)
+
+
+def kd_variant(student_logits, labels, teacher_logits, alpha, temperature, **changes):
+    """loss_fn_kd with some of RIGHT_KD changed."""
+    choices = choices_of(RIGHT_KD, changes)
+    if choices.swaps_numbers:
+        alpha, temperature = temperature, alpha
+    if choices.swaps_nets:
+        student_logits, teacher_logits = teacher_logits, student_logits
+    soft_loss = soft_variant(student_logits, teacher_logits, temperature, choices)
+    hard_loss = hard_variant(student_logits, labels, temperature, choices)
+    weights = {"alpha": alpha, "1 - alpha": 1 - alpha, "1": 1, "0": 0}
+    soft_weight = weights[choices.soft_weight] * temperature**choices.soft_power
+    hard_weight = weights[choices.hard_weight] * temperature**choices.hard_power
+    return soft_weight * soft_loss + hard_weight * hard_loss
 
 
 def kd_test_cases():
-    """Arguments to try a loss_fn_kd with: six made-up images, two alphas and temperatures."""
+    """Arguments to try a loss_fn_kd with: six made-up images, three alphas and temperatures."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = 3 * torch.randn(2, 6, NUM_CLASSES, generator=generator)
     labels = torch.randint(NUM_CLASSES, (6,), generator=generator)
-    return [(student, labels, teacher, 0.3, 4.0), (student, labels, teacher, 0.8, 2.0)]
+    numbers = ((0.3, 4.0), (0.8, 2.0), (0.55, 3.0))
+    return [(student, labels, teacher, alpha, t) for alpha, t in numbers]
+
+
+def observe_kd(function):
+    """(values, gradients for the student's logits) of a loss_fn_kd on the test cases."""
+    values = []
+    gradients = []
+    for student, *others in kd_test_cases():
+        student = student.requires_grad_()
+        value = function(student, *others)
+        gradients += gradients_of(value, [student])
+        values.append(value.detach().float())
+    return values, gradients
 
 
 def check_loss_fn_kd(my_loss):
     """Tell a learner whether their own loss_fn_kd is right, else which known mistake it looks like.
 
-    my_loss(student_logits, labels, teacher_logits, alpha, temperature) -> scalar. Prints a line,
+    my_loss(student_logits, labels, teacher_logits, alpha, temperature) -> scalar. Gradients decide,
+    for they are what trains: a loss with another value and the same gradient is right. Prints a
+    line, returns True or False.
+    """
+    wanted_values, wanted = observe_kd(loss_fn_kd)
+    try:
+        values, gradients = seen_of(observe_kd, my_loss)
+        if not same_tensors(gradients, wanted):
+            known = named_mistake(
+                gradients, lambda function: observe_kd(function)[1], kd_variant, KD_MISTAKES
+            )
+            raise WrongAnswer(known or unknown_kd_mistake(values, wanted_values))
+        if not torch.stack(values).isfinite().all():
+            raise WrongAnswer("its value is not a finite number")
+    except WrongAnswer as why:
+        return say_not_yet(why)
+    if same_tensors(values, wanted_values):
+        print("Right: it agrees with loss_fn_kd.")
+    else:
+        print(
+            "Right: it has the gradient of loss_fn_kd and another value, and the gradient is what "
+            "trains. Cross-entropy with soft labels is such a loss: it is the KL plus the "
+            "teacher's entropy, which no student can change."
+        )
+    return True
+
+
+def unknown_kd_mistake(values, wanted_values):
+    """In words, how a loss differs from loss_fn_kd by no mistake of the table."""
+    if same_tensors(values, wanted_values):
+        return "its value is right, but its gradient is not: is a part of it detached?"
+    return f"{first_difference(values, wanted_values)}, and that is no known mistake"
+
+
+# The depthwise-separable block.
+
+RIGHT_DWPW = {
+    "groups": None,  # one for each channel
+    "pointwise_groups": False,
+    "pointwise_first": False,
+    "stride_on": "depthwise",
+    "always_padding": None,  # the argument
+    "always_kernel": None,  # the argument
+    "bias": True,
+    "norm": True,
+    "activation": functools.partial(nn.LeakyReLU, 0.01),
+    "active": (0, 1),  # after which of the two convolutions
+    "norm_last": False,
+}
+
+DWPW_MISTAKES = {
+    "the first convolution is a full one: give it groups=in_channels": {"groups": 1},
+    "the pointwise convolution has groups: it must mix all channels": {"pointwise_groups": True},
+    "the order is pointwise, depthwise: space comes first": {"pointwise_first": True},
+    "the stride belongs to the depthwise convolution, not to the pointwise one": {
+        "stride_on": "pointwise"
+    },
+    "the argument stride is not used": {"stride_on": "nothing"},
+    "the argument padding is not used": {"always_padding": 1},
+    "the convolutions do not pad: hand the argument padding on": {"always_padding": 0},
+    "the argument kernel_size is not used": {"always_kernel": 3},
+    "the convolutions have no bias; the course's have one": {"bias": False},
+    "the batch norms are missing": {"norm": False},
+    "the activations are missing": {"active": ()},
+    "there is no activation between the two convolutions": {"active": (1,)},
+    "there is no activation at the end": {"active": (0,)},
+    "the activation is ReLU: it should be LeakyReLU(0.01)": {"activation": nn.ReLU},
+    "the activation has another slope: it should be LeakyReLU(0.01)": {
+        "activation": functools.partial(nn.LeakyReLU, 0.2)
+    },
+    "the activation comes before the batch norm: it should follow it": {"norm_last": True},
+}
+
+
+def dwpw_variant(in_channels, out_channels, kernel_size=3, stride=2, padding=1, **changes):
+    """dwpw_conv with some of RIGHT_DWPW changed."""
+    choices = choices_of(RIGHT_DWPW, changes)
+    if choices.always_kernel is not None:
+        kernel_size = choices.always_kernel
+    if choices.always_padding is not None:
+        padding = choices.always_padding
+    strides = {"depthwise": 1, "pointwise": 1, choices.stride_on: stride}
+    # The depthwise convolution keeps the number of channels.
+    width = out_channels if choices.pointwise_first else in_channels
+    settings = {"stride": strides["depthwise"], "padding": padding, "bias": choices.bias}
+    groups = choices.groups or width
+    depthwise = nn.Conv2d(width, width, kernel_size, groups=groups, **settings)
+    settings = {"stride": strides["pointwise"], "bias": choices.bias}
+    groups = math.gcd(in_channels, out_channels) if choices.pointwise_groups else 1
+    pointwise = nn.Conv2d(in_channels, out_channels, 1, groups=groups, **settings)
+    convolutions = [depthwise, pointwise]
+    if choices.pointwise_first:
+        convolutions.reverse()
+    block = nn.Sequential()
+    for number, convolution in enumerate(convolutions):
+        block.append(convolution)
+        block.extend(norm_and_activation(convolution.out_channels, number, choices))
+    return block
+
+
+def norm_and_activation(channels, number, choices):
+    """The layers after the convolution of this number, 0 or 1, as the choices have them."""
+    layers = []
+    if choices.norm:
+        layers.append(nn.BatchNorm2d(channels))
+    if number in choices.active:
+        layers.append(choices.activation())
+    if choices.norm_last:
+        layers.reverse()
+    return layers
+
+
+def fill_with_numbers(model):
+    """Give a net's parameters values that depend on their order alone; returns the net."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) / 3
+    return model
+
+
+def observe_block(function):
+    """Of blocks with several settings: the number of parameters, and output for fixed weights."""
+    images = torch.randn(4, 8, 12, 12, generator=torch.Generator().manual_seed(1))
+    seen = []
+    for settings in ((8, 12), (8, 12, 3, 1, 1), (8, 12, 5, 2, 2), (8, 12, 5, 2, 0)):
+        block = function(*settings)
+        if not isinstance(block, nn.Module):
+            raise WrongAnswer(f"it returns {kind_of(block)}, where a module is wanted")
+        count = sum(parameter.numel() for parameter in block.parameters())
+        output = fill_with_numbers(block)(images).detach()
+        seen += [torch.tensor(float(count)), torch.tensor(output.shape).float(), output]
+    return seen
+
+
+def check_dwpw_conv(answer):
+    """Tell a learner whether their dwpw_conv is the course's block, in count and in output.
+
+    answer(in_channels, out_channels, kernel_size, stride, padding) -> module. Prints a line,
     returns True or False.
     """
-    cases = kd_test_cases()
+    return judge(answer, dwpw_conv, observe_block, dwpw_variant, DWPW_MISTAKES)
 
-    def values_of(function):
-        values = [torch.as_tensor(function(*case)) for case in cases]
-        return torch.stack([value.detach().float().reshape(()) for value in values])
 
-    def agrees(other):
-        return torch.allclose(given, values_of(other), rtol=1e-4, atol=1e-4, equal_nan=True)
+# The student.
 
+
+def check_student(answer, image_size=64, limit=PARAM_LIMIT):
+    """Tell a learner whether their own student can be trained and submitted: True or False.
+
+    answer: a net, or a class or function without arguments that builds one. It must give logits
+    (B, 11) for images (B, 3, H, W) of any size, also for a single one, have at most `limit`
+    parameters, and let gradients reach every parameter.
+    """
     try:
-        given = values_of(my_loss)
-    except Exception as error:  # whatever a learner's code raises is theirs to read
-        print(f"Not yet: it raises {type(error).__name__}: {error}")
-        return False
-    if agrees(loss_fn_kd):
-        print("Right: it agrees with loss_fn_kd.")
-        return True
-    for hint, mistaken in KD_MISTAKES.items():
-        if agrees(mistaken):
-            print(f"Not yet: {hint}.")
-            return False
-    wanted = values_of(loss_fn_kd)
-    print(
-        f"Not yet: it gives {given[0]:.4f} where {wanted[0]:.4f} is wanted, "
-        "and that is no known mistake."
+        student = seen_of(lambda build: copy.deepcopy(build_own(build)), answer)
+        seen_of(lambda net: check_logits(net, image_size), student)
+        count = seen_of(lambda net: check_budget(net, limit), student)
+        seen_of(lambda net: check_gradients(net, image_size), student)
+    except WrongAnswer as why:
+        return say_not_yet(why)
+    print(f"Right: {count:,} parameters, {limit - count:,} under the limit; every one is trained.")
+    return True
+
+
+def build_own(student):
+    """The net that is handed in, or that the class or function handed in builds."""
+    net = student
+    if not isinstance(student, nn.Module):
+        net = student()
+    if not isinstance(net, nn.Module):
+        raise WrongAnswer(f"it builds {kind_of(net)}, where a module is wanted")
+    return net
+
+
+def check_logits(net, image_size):
+    """WrongAnswer unless a net gives each image its own eleven logits, whatever their size."""
+    generator = torch.Generator().manual_seed(0)
+    for side in (image_size, 100, 224):
+        images = torch.randn(3, 3, side, side, generator=generator)
+        with evaluation_mode(net) as device:
+            images = images.to(device)
+            try:
+                together = as_tensor(net(images), (3, NUM_CLASSES))
+                alone = as_tensor(net(images[:1]), (1, NUM_CLASSES))
+            except RuntimeError as error:
+                why = str(error).splitlines()[0]
+                raise WrongAnswer(f"it fails on images of {side} x {side}: {why}") from None
+        if not torch.allclose(together[:1], alone, rtol=1e-3, atol=1e-3):
+            raise WrongAnswer("its answer about an image depends on the others of the batch")
+        if torch.allclose(together.sum(1), torch.ones(3, device=device), atol=1e-4):
+            raise WrongAnswer("it gives probabilities: leave the softmax to the loss")
+
+
+def check_gradients(net, image_size):
+    """WrongAnswer naming a parameter that no gradient reaches."""
+    net.train()
+    device = next(net.parameters()).device
+    images = torch.randn(4, 3, image_size, image_size, device=device)
+    labels = torch.arange(4, device=device)
+    F.cross_entropy(net(images), labels).backward()
+    idle = [name for name, p in net.named_parameters() if p.requires_grad and p.grad is None]
+    if idle:
+        raise WrongAnswer(
+            f"no gradient reaches {some_of(idle)}: is it left out of forward, or detached?"
+        )
+
+
+# The views.
+
+VIEW_SETTINGS = {
+    "crop_scale": "RandomResizedCrop(224, scale=(0.7, 1.0))",
+    "hflip": "RandomHorizontalFlip(0.5)",
+    "vflip": "RandomVerticalFlip(0.5)",
+    "rotation": "RandomRotation(180)",
+    "affine": "RandomAffine(30)",
+}
+
+
+def check_views(answer, cfg=BOSS):
+    """Tell a learner whether a dict of settings makes the training views of a config.
+
+    Prints a line, returns True or False.
+    """
+    if not isinstance(answer, dict):
+        return say_not_yet(f"it is {kind_of(answer)}, where a dict of settings is wanted")
+    for name, transform in VIEW_SETTINGS.items():
+        wanted = getattr(cfg, name)
+        given = answer.get(name)
+        if isinstance(given, list):
+            given = tuple(given)
+        if given != wanted:
+            return say_not_yet(f"{name}={given!r} is not what {transform} does")
+    unknown = answer.keys() - VIEW_SETTINGS.keys()
+    if unknown:
+        return say_not_yet(f"{some_of(sorted(unknown))} is no setting of a view")
+    print(f"Right: these are the views of {cfg.exp_name}.")
+    return True
+
+
+# The alignment.
+
+RIGHT_ALIGNMENT = {
+    "distance": F.smooth_l1_loss,
+    "reduction": "mean",
+    "weighs": True,
+    "adapts": True,
+    "divides": False,
+    "layers": slice(None),
+    "pool": F.adaptive_avg_pool2d,
+    "detaches": False,
+}
+
+ALIGNMENT_MISTAKES = {
+    "the distance is the squared one: F.smooth_l1_loss is wanted": {"distance": F.mse_loss},
+    "the distance is the absolute one: F.smooth_l1_loss is wanted": {"distance": F.l1_loss},
+    "the distance is summed over the maps: leave its reduction at the mean": {"reduction": "sum"},
+    "the weights of the layers are not used": {"weighs": False},
+    "the adapters are not used": {"adapts": False},
+    "the sum is divided by the number of layers": {"divides": True},
+    "it returns at the first layer: is the return statement inside the loop?": {
+        "layers": slice(0, 1)
+    },
+    "only the last layer counts: add the terms up": {"layers": slice(-1, None)},
+    "the larger map is interpolated: average it down (adaptive_avg_pool2d)": {
+        "pool": F.interpolate
+    },
+    "the larger map is pooled by its maximum: average it down": {"pool": F.adaptive_max_pool2d},
+    "the student's maps are detached, so they learn nothing": {"detaches": True},
+}
+
+
+def alignment_variant(student_maps, teacher_maps, weights, adapters, **changes):
+    """alignment with some of RIGHT_ALIGNMENT changed."""
+    choices = choices_of(RIGHT_ALIGNMENT, changes)
+    terms = []
+    for layer, weight in weights.items():
+        ours = student_maps[layer]
+        theirs = teacher_maps[layer]
+        side = min(ours.shape[-1], theirs.shape[-1])
+        ours = choices.pool(ours.detach() if choices.detaches else ours, side)
+        if choices.adapts:
+            ours = adapters[layer](ours)
+        term = choices.distance(ours, choices.pool(theirs, side), reduction=choices.reduction)
+        terms.append(weight * term if choices.weighs else term)
+    kept = terms[choices.layers]
+    return sum(kept) / (len(kept) if choices.divides else 1)
+
+
+def observe_alignment(function):
+    """The value of an alignment and its gradients, for maps of equal and of other sizes."""
+    generator = torch.Generator().manual_seed(0)
+
+    def maps(*sides):
+        made = {}
+        for number, side in enumerate(sides, 1):
+            made[f"layer{number}"] = torch.randn(2, 4, side, side, generator=generator)
+        return made
+
+    student_maps = maps(8, 4, 4, 2)  # of layer4, which has no weight, nothing may depend
+    teacher_maps = maps(8, 8, 2, 2)
+    weights = {"layer1": 3.0, "layer2": 2.0, "layer3": 0.5}
+    adapters = nn.ModuleDict({layer: nn.Conv2d(4, 4, 1) for layer in weights})
+    fill_with_numbers(adapters)
+    inputs = [student_maps[layer].requires_grad_() for layer in weights]
+    inputs += adapters.parameters()
+    value = function(student_maps, teacher_maps, weights, adapters)
+    gradients = gradients_of(value, inputs)
+    return [value.detach(), *gradients]
+
+
+def check_alignment(answer):
+    """Tell a learner whether their alignment is right: True or False.
+
+    answer(student_maps, teacher_maps, weights, adapters) -> scalar, as `alignment` has them.
+    """
+    mistakes = ALIGNMENT_MISTAKES
+    return judge(answer, alignment, observe_alignment, alignment_variant, mistakes)
+
+
+# The schedule of the loss weights.
+
+RIGHT_SCHEDULE = {
+    "factor": 10,
+    "power": 2,
+    "alpha": "falls",
+    "align": "stays",
+    "constant_alpha": True,
+    "handover_in": ("handover",),  # for which values of loss_schedule
+}
+
+SCHEDULE_MISTAKES = {
+    "the factor 10 is missing": {"factor": 1},
+    "progress is not squared": {"power": 1},
+    "alpha weighs the soft labels: it starts near 1 and falls, 1 - p ** 2": {"alpha": "grows"},
+    "alpha is the config's: in a handover it is 1 - p ** 2": {"alpha": "config"},
+    "the weight of the alignment is 1: the other terms grow, it does not fall": {"align": "falls"},
+    "the weight of the alignment is 1: it does not grow": {"align": "grows"},
+    "without a handover alpha is the config's": {"constant_alpha": False},
+    "the handover is for loss_schedule='handover' alone: else kd=1, alpha=cfg.alpha, align=1": {
+        "handover_in": ("handover", "constant")
+    },
+    "the handover is left out": {"handover_in": ()},
+}
+
+
+def schedule_variant(cfg, progress, **changes):
+    """loss_weights with some of RIGHT_SCHEDULE changed."""
+    choices = choices_of(RIGHT_SCHEDULE, changes)
+    if cfg.loss_schedule not in choices.handover_in:
+        return LossWeights(1.0, cfg.alpha if choices.constant_alpha else 0.5, 1.0)
+    grown = progress**choices.power
+    shares = {"stays": 1.0, "falls": 1 - grown, "grows": grown, "config": cfg.alpha}
+    return LossWeights(choices.factor * grown, shares[choices.alpha], shares[choices.align])
+
+
+def observe_schedule(function):
+    """(kd, alpha, align) of a schedule at several progresses, with handover and without."""
+    seen = []
+    for cfg in (BOSS, replace(BOSS, loss_schedule="constant", alpha=0.3)):
+        for progress in (0.25, 0.6, 1.0):
+            weights = function(cfg, progress)
+            if not isinstance(weights, (tuple, list)) or len(weights) != 3:
+                raise WrongAnswer("it should return LossWeights(kd, alpha, align)")
+            seen.append(torch.tensor([float(weight) for weight in weights]))
+    return seen
+
+
+def check_loss_weights(answer):
+    """Tell a learner whether their loss_weights(cfg, progress) is right: True or False."""
+    mistakes = SCHEDULE_MISTAKES
+    return judge(answer, loss_weights, observe_schedule, schedule_variant, mistakes)
+
+
+# The training loop.
+
+RIGHT_LOOP = {
+    "epochs": "all",
+    "sets_epoch": True,
+    "trains": True,
+    "softmax": False,
+    "clears": True,
+    "clips": True,
+    "steps": True,
+    "optimizer": torch.optim.Adam,
+    "settings": {},
+}
+
+LOOP_MISTAKES = {
+    "it trains nothing": {"epochs": "none"},
+    "only one epoch is trained: repeat it cfg.n_epochs times": {"epochs": "one"},
+    "nothing moves the weights: is optimizer.step() called?": {"steps": False},
+    "the gradients add up from step to step: call optimizer.zero_grad()": {"clears": False},
+    "the gradients are not clipped to cfg.grad_norm_max": {"clips": False},
+    "the student stays in evaluation mode: call student.train()": {"trains": False},
+    "every epoch shows the same views: call train_loader.set_epoch(epoch)": {"sets_epoch": False},
+    "the learning rate is not cfg.lr": {"settings": {"lr": 1e-3}},
+    "the weight decay is not cfg.weight_decay": {"settings": {"weight_decay": 0.0}},
+    "learning rate and weight decay are not the config's": {
+        "settings": {"lr": 1e-3, "weight_decay": 0.0}
+    },
+    "the optimizer is not Adam": {"optimizer": torch.optim.SGD},
+    "the optimizer is AdamW, where the config's is Adam": {"optimizer": torch.optim.AdamW},
+    "F.cross_entropy wants logits: leave out the softmax": {"softmax": True},
+}
+
+
+def loop_variant(student, train_loader, cfg, **changes):
+    """The training loop by hand, with some of RIGHT_LOOP changed."""
+    choices = choices_of(RIGHT_LOOP, changes)
+    settings = {"lr": cfg.lr, "weight_decay": cfg.weight_decay} | choices.settings
+    optimizer = choices.optimizer(student.parameters(), **settings)
+    n_epochs = {"all": cfg.n_epochs, "one": 1, "none": 0}[choices.epochs]
+    for epoch in range(n_epochs):
+        if choices.sets_epoch:
+            train_loader.set_epoch(epoch)
+        student.train(choices.trains)
+        for images, labels, *_ in train_loader:
+            logits = student(images)
+            loss = F.cross_entropy(logits.softmax(1) if choices.softmax else logits, labels)
+            if choices.clears:
+                optimizer.zero_grad()
+            loss.backward()
+            if choices.clips:
+                nn.utils.clip_grad_norm_(student.parameters(), cfg.grad_norm_max)
+            if choices.steps:
+                optimizer.step()
+
+
+def loop_of_fit(student, train_loader, cfg):
+    """The epochs of `fit`, and nothing besides."""
+    state = TrainState(DistillLoss(cfg, student))
+    for epoch in range(cfg.n_epochs):
+        train_one_epoch(state, state.loss_fn, train_loader, epoch)
+
+
+class MadeUpBatches:
+    """A loader of two small batches that change with the epoch, to try a training loop with."""
+
+    def __init__(self):
+        self.epoch = 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return 2
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.epoch)
+        for _ in range(len(self)):
+            images = torch.randn(6, 3, 8, 8, generator=generator)
+            labels = torch.randint(NUM_CLASSES, (6,), generator=generator)
+            yield Batch(images, labels)
+
+
+def observe_loop(function):
+    """The weights and statistics of a small net after a training loop on made-up batches."""
+    cfg = Config(lr=0.03, weight_decay=0.1, grad_norm_max=0.5, n_epochs=2, amp="off")
+    # Without a bias before the batch norm: its gradient is nothing but rounding.
+    student = nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        GlobalAvgPool(),
+        nn.Linear(4, NUM_CLASSES),
     )
-    return False
+    fill_with_numbers(student).eval()
+    function(student, MadeUpBatches(), cfg)
+    return [value.detach().float() for value in student.state_dict().values()]
+
+
+def check_training_loop(answer):
+    """Tell a learner whether their training loop does what `fit` does: True or False.
+
+    answer(student, train_loader, cfg) trains the student for cfg.n_epochs with cross-entropy and
+    Adam.
+    """
+    return judge(answer, loop_of_fit, observe_loop, loop_variant, LOOP_MISTAKES, "fit")
 
 
 # ==================================================================================================
@@ -2784,6 +3477,7 @@ HASHED_FACTS = {
     "student_code": "the code of the student",
     "loss_fn_kd": "the code of loss_fn_kd",
     "alignment": "the code of alignment",
+    "loss_weights": "the code of loss_weights",
 }
 
 
@@ -2813,11 +3507,13 @@ def run_facts(loss_fn, data=None):
         "student_code": module_code_fingerprint(loss_fn.student),
         "loss_fn_kd": None,
         "alignment": None,
+        "loss_weights": None,
         "teacher_checksum": None,
         "processes": rank_and_world()[1],
     }
     if loss_fn.teacher is not None:
         facts["loss_fn_kd"] = code_fingerprint(loss_fn.loss_fn_kd)
+        facts["loss_weights"] = code_fingerprint(loss_fn.loss_weights)
         facts["teacher_checksum"] = state_checksum(loss_fn.teacher)
     if loss_fn.layers:
         facts["alignment"] = code_fingerprint(loss_fn.alignment)
@@ -3152,21 +3848,25 @@ def prepare_stage(
     student=None,
     loss_fn_kd=None,
     alignment=None,
+    loss_weights=None,
 ):
     """A Stage, ready to be trained. All that can be wrong is said here; nothing is decoded yet.
 
     student: your own net, or a function without arguments that builds it; a copy is trained.
-    loss_fn_kd, alignment: your own functions in place of this module's (see DistillLoss).
+    loss_fn_kd, alignment, loss_weights: your own functions in place of this module's (see
+    DistillLoss).
     Raises UserError for a student above the limit, a loss that does not fit the config or the
     teacher, or a folder with a run of other settings (unless fresh).
     """
     student = own_student(cfg, student)
     check_budget(student)
-    if loss_fn_kd is not None and not cfg.needs_teacher:
-        raise UserError(f"{cfg.exp_name} learns from labels alone: it takes no loss_fn_kd")
+    if not cfg.needs_teacher:
+        for name, own in (("loss_fn_kd", loss_fn_kd), ("loss_weights", loss_weights)):
+            if own is not None:
+                raise UserError(f"{cfg.exp_name} learns from labels alone: it takes no {name}")
     if alignment is not None and not cfg.aligns:
         raise UserError(f"{cfg.exp_name} aligns no layers: set align_weights to use an alignment")
-    loss_fn = DistillLoss(cfg, student, teacher, loss_fn_kd, alignment)
+    loss_fn = DistillLoss(cfg, student, teacher, loss_fn_kd, alignment, loss_weights)
     loss_fn.on(device or pick_device())
     folder = RunFolder(stage_folder(cfg, data, out), loss_fn, data, fresh)
     if not fresh:
@@ -3191,8 +3891,8 @@ def own_student(cfg, student=None):
 def run_stage(cfg, data, teacher=None, out=None, fresh=False, device=None, **own):
     """Train one stage, or load it where it is finished, and write <out>/<stage>.csv: its Run.
 
-    own: student, loss_fn_kd, alignment, as `prepare_stage` takes them, which says what can be
-    wrong.
+    own: student, loss_fn_kd, alignment, loss_weights, as `prepare_stage` takes them, which says
+    what can be wrong.
     """
     return prepare_stage(cfg, data, teacher, out, fresh, device, **own).train()
 
@@ -3281,8 +3981,9 @@ def final_fit(validated, data, teacher=None, out=None, fresh=False, submit_it=Fa
 
     Returns the path of its CSV, None if it is not finished. Every choice is the validated stage's,
     its best epoch included: there it stops. No images are left to validate on, so it has no
-    validation score. It replaces submission.csv only with submit_it=True. own: student, loss_fn_kd
-    and alignment, where the validated stage had its own; UserError where they are others.
+    validation score. It replaces submission.csv only with submit_it=True. own: student, loss_fn_kd,
+    alignment and loss_weights, where the validated stage had its own; UserError where they are
+    others.
     """
     if validated.history.empty:
         say(f"{validated.name}: no final fit, for it has no epoch yet")

@@ -116,6 +116,18 @@ def test_the_command_line_does_not_take_an_own_student_for_the_configs(
     assert "a student of your own" in capsys.readouterr().err
 
 
+def test_an_own_schedule_trains_and_is_remembered(medium):
+    def labels_from_the_start(cfg, progress):
+        return h.LossWeights(kd=1.0, alpha=0.0, align=1.0)
+
+    run = medium(loss_weights=labels_from_the_start)
+    assert run.history["train_loss"].tolist() == pytest.approx(run.history["ce"].tolist())
+    with pytest.raises(h.UserError, match="the code of loss_weights .it has changed."):
+        medium()
+    with pytest.raises(h.UserError, match="simple learns from labels alone: .* no loss_weights"):
+        medium("simple", loss_weights=labels_from_the_start)
+
+
 def test_own_code_that_nothing_would_use_is_refused(medium):
     with pytest.raises(
         h.UserError, match="simple learns from labels alone: it takes no loss_fn_kd"
