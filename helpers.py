@@ -892,15 +892,17 @@ class FoodDataset(Dataset):
 
 # --- a split decoded once, into the cache ---------------------------------------------------------
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
+DIGEST_BYTES = 16  # of each file's contents
 # What became of an image in the cache.
 LEFT_OUT = 0
 GOOD = 1
 DAMAGED_BUT_KEPT = 2
 
-# A cache file, mapped: aspects (n,) float32 and states (n,) uint8, one of the three above, in the
-# order of the files; images (n, 3, side, side) uint8, those that are not left out first.
-CacheArrays = namedtuple("CacheArrays", "aspects states images")
+# A cache file, mapped. In the order of the files: aspects (n,) float32, states (n,) uint8, one of
+# the three above, and digests (n, DIGEST_BYTES) uint8 of the files' bytes. Then the images
+# (n, 3, side, side) uint8, those that are not left out first.
+CacheArrays = namedtuple("CacheArrays", "aspects states digests images")
 
 
 @dataclass(frozen=True)
@@ -917,6 +919,9 @@ class Split:
     labels: torch.Tensor  # (N,) int64, -1 where unknown
     ids: tuple  # N file stems, in the order of the images
     aspects: torch.Tensor  # (N,) float32, width / height of the file
+    contents: (
+        str  # a hash of the bytes of all files, damaged ones too; names and times do not count
+    )
     cache: Path
 
     def __len__(self):
@@ -1005,6 +1010,7 @@ def load_data(data, split, form, image_size):
         labels=torch.tensor(data.labels[split])[keep],
         ids=tuple(ids[i] for i in keep.tolist()),
         aspects=cached.aspects[keep],
+        contents=fingerprint(cached.digests.numpy().tobytes().hex()),
         cache=path,
     )
 
@@ -1015,7 +1021,9 @@ def cache_path(data, split, form, image_size):
     for path in data.files[split]:
         stat = path.stat()
         name = path.relative_to(data.root).as_posix()
-        stats.append((name, stat.st_size, stat.st_mtime_ns))
+        # st_mtime can be set back, as unpacking and copying do: st_ctime moves with every writing.
+        # Where only times differ, as on another mount, the files are decoded once more.
+        stats.append((name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
     decoders = (Image.__version__, torchvision.__version__)
     key = fingerprint(CACHE_VERSION, *decoders, form, image_size, stats)
     return cache_root() / f"{split}-{form}-{image_size}-{key}.images"
@@ -1030,8 +1038,8 @@ def is_cache(path, n, side):
 
 
 def cache_bytes(n, side):
-    """Size of a cache file: per image an aspect (float32), a state (a byte) and its pixels."""
-    return n * (4 + 1 + 3 * side**2)
+    """Size of a cache file: per image an aspect (float32), a state (a byte), digest and pixels."""
+    return n * (4 + 1 + DIGEST_BYTES + 3 * side**2)
 
 
 def map_cache(path, n, side, mode="r"):
@@ -1041,9 +1049,14 @@ def map_cache(path, n, side, mode="r"):
         # torch warns that a mapping made for reading cannot be written to.
         warnings.simplefilter("ignore")
         flat = torch.from_numpy(mapped)
-    # (4n,), (n,) and (3 n side side,) bytes.
-    aspects, states, pixels = flat.split([4 * n, n, 3 * n * side**2])
-    return CacheArrays(aspects.view(torch.float32), states, pixels.view(n, 3, side, side))
+    # (4n,), (n,), (16n,) and (3 n side side,) bytes.
+    aspects, states, digests, pixels = flat.split([4 * n, n, DIGEST_BYTES * n, 3 * n * side**2])
+    return CacheArrays(
+        aspects=aspects.view(torch.float32),
+        states=states,
+        digests=digests.view(n, DIGEST_BYTES),
+        images=pixels.view(n, 3, side, side),
+    )
 
 
 def decode_all(files, split, transform, side, path):
@@ -1065,6 +1078,8 @@ def decode_all(files, split, transform, side, path):
                 failures[i] = str(error)
             else:
                 store_image(cached, i, image, transform)
+            # Of the file, not of the pixels: another version of PIL may round them otherwise.
+            cached.digests[i] = digest_of(files[i])
 
         # PIL and torchvision let go of the interpreter lock, so threads decode side by side.
         with (
@@ -1103,6 +1118,18 @@ def new_cache(path, n, side):
     cached.aspects.fill_(1)
     cached.states.fill_(GOOD)
     return cached
+
+
+def digest_of(path):
+    """A hash of a file's bytes: (DIGEST_BYTES,) uint8. UserError where it cannot be read."""
+    checksum = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    try:
+        with open(path, "rb") as file:
+            while part := file.read(2**20):
+                checksum.update(part)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    return torch.tensor(list(checksum.digest()), dtype=torch.uint8)
 
 
 def store_image(cached, i, image, transform):
@@ -1490,16 +1517,30 @@ def training_form(cfg):
     return "eval"
 
 
-def build_loaders(cfg, data, device):
-    """(training BatchLoader, validation BatchLoader) of a config: its views, and the eval form.
+def load_labelled(cfg, data):
+    """(training Split, validation Split) that a config wants, decoded or from the cache.
 
     Raises UserError where the data cannot be decoded or the cache not be written.
     """
     train = load_data(data, "training", training_form(cfg), cfg.image_size)
     valid = load_data(data, "validation", "eval", cfg.image_size)
+    return train, valid
+
+
+def loaders_of(train, valid, cfg, device):
+    """(training BatchLoader, validation BatchLoader) of two Splits."""
     train_loader = BatchLoader(train, cfg, device, train=True)
     valid_loader = BatchLoader(valid, cfg, device, batch_size=2 * cfg.batch_size)
     return train_loader, valid_loader
+
+
+def build_loaders(cfg, data, device):
+    """(training BatchLoader, validation BatchLoader) of a config: its views, and the eval form.
+
+    Raises UserError as `load_labelled` does.
+    """
+    train, valid = load_labelled(cfg, data)
+    return loaders_of(train, valid, cfg, device)
 
 
 # ==================================================================================================
@@ -3402,6 +3443,9 @@ def fit(loss_fn, train_loader, valid_loader, folder=None):
     with lock, out_of_memory_named(cfg):
         state = TrainState(loss_fn)
         if folder:
+            # Before anything is loaded: a run of other images is refused, finished or not.
+            folder.add_contents("training", train_loader.dataset)
+            folder.add_contents("validation", getattr(valid_loader, "dataset", None))
             folder.restore(state)
         barrier()  # nobody may still be reading what the first process writes next
         views = None
@@ -3479,6 +3523,14 @@ HASHED_FACTS = {
     "alignment": "the code of alignment",
     "loss_weights": "the code of loss_weights",
 }
+# Hashes of what is trained and validated on. Evaluation images are none of a run's facts: a CSV is
+# written anew from those that are there.
+DATA_FACTS = {
+    "training_files": "the names or labels of the training images",
+    "validation_files": "the names or labels of the validation images",
+    "training_contents": "the training images",
+    "validation_contents": "the validation images",
+}
 
 
 def layers_fingerprint(model):
@@ -3499,7 +3551,8 @@ def module_code_fingerprint(model):
 def run_facts(loss_fn, data=None):
     """What a result depends on, as JSON-able facts: they must be the same for a run to go on.
 
-    Settings, layers, own code included, number of processes, the teacher's weights and the data.
+    Settings, layers, own code included, number of processes, the teacher's weights and the data's
+    names and labels. What the images show is known when they are decoded (see `add_contents`).
     """
     facts = {
         "config": dataclasses.asdict(loss_fn.cfg),
@@ -3519,7 +3572,8 @@ def run_facts(loss_fn, data=None):
         facts["alignment"] = code_fingerprint(loss_fn.alignment)
     if data is not None:
         facts["origin"] = data.origin
-        facts["data"] = fingerprint(data.ids, data.labels)
+        for split in ("training", "validation"):
+            facts[f"{split}_files"] = fingerprint(data.ids[split], data.labels[split])
     return json.loads(json.dumps(facts))  # as they come back from a file
 
 
@@ -3539,6 +3593,14 @@ class RunFolder:
         self.facts = run_facts(loss_fn, data) | more_facts
         self.fresh = fresh
         self.damaged = {}  # {file: what is wrong with it}, as `load` found it
+
+    def add_contents(self, split, dataset):
+        """Add to the facts what the images of a split are: the hash of a Split's files.
+
+        Another Dataset has none (None). A finished run is no exception: for its score and its CSV
+        images are decoded anyway, so it costs little even where the cache is empty.
+        """
+        self.facts[f"{split}_contents"] = getattr(dataset, "contents", None)
 
     def lock(self):
         """A context manager that holds the folder, or UserError where another process holds it."""
@@ -3661,8 +3723,12 @@ class RunFolder:
         for name in {**was, **now}:
             if name in may_differ or was.get(name) == now.get(name):
                 continue
+            if name.endswith("_contents") and None in (was.get(name), now.get(name)):
+                continue  # not decoded yet, or read by a DataLoader
             if name in HASHED_FACTS:
                 different.append(f"{HASHED_FACTS[name]} (it has changed)")
+            elif name in DATA_FACTS:
+                different.append(f"{DATA_FACTS[name]} (they have changed)")
             else:
                 different.append(f"{name} {was.get(name)} (now {now.get(name)})")
         if different:
@@ -3773,6 +3839,7 @@ class Stage:
     data: FoodData
     loss_fn: DistillLoss  # it owns config, student, teacher and adapters
     folder: RunFolder
+    splits: tuple = ()  # (training, validation) once they are decoded
 
     @property
     def cfg(self):
@@ -3786,12 +3853,26 @@ class Stage:
     def device(self):
         return self.loss_fn.device
 
+    def decode(self):
+        """The stage's (training Split, validation Split), decoded or from the cache.
+
+        Raises UserError where the images cannot be used, or where the folder's run had others.
+        """
+        if not self.splits:
+            self.splits = load_labelled(self.cfg, self.data)
+            for split in self.splits:
+                self.folder.add_contents(split.name, split)
+            if not self.folder.fresh:
+                self.folder.load()
+        return self.splits
+
     def train(self):
         """Train the stage, or load it where it is finished, and write <out>/<stage>.csv: its Run.
 
         The teacher is checksummed before and after: RuntimeError where it was changed.
         """
-        train_loader, valid_loader = build_loaders(self.cfg, self.data, self.device)
+        train, valid = self.decode()
+        train_loader, valid_loader = loaders_of(train, valid, self.cfg, self.device)
         history = fit(self.loss_fn, train_loader, valid_loader, self.folder)
         self.check_teacher()
         return self.finish(history, valid_loader)
@@ -3959,6 +4040,9 @@ def possible_stages(configs, data, teacher):
 
 def train_in_turn(prepared):
     """Train Stages one after another; the Runs, up to the first that is not finished."""
+    # Images that a later stage cannot use are named before the first one trains.
+    for stage in prepared:
+        stage.decode()
     runs = []
     for stage in prepared:
         runs.append(stage.train())

@@ -1,0 +1,158 @@
+"""What a result belongs to: the images that it was made from."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from conftest import save_picture
+from shared import same, settings, without_seconds
+
+import helpers as h
+
+SMALL = {"image_size": 64, "n_epochs": 2, "batch_size": 8, "lr": 1e-3, "amp": "off"}
+
+
+def run_simple(food, out, *stages, **changes):
+    """The exit code of the command line on a data folder."""
+    names = ",".join(stages or ["simple"])
+    small_run = settings(**(SMALL | changes))
+    arguments = ["run", "--data", str(food), "--out", str(out), "--stages", names, *small_run]
+    return h.main(arguments)
+
+
+def draw_others(folder, seed=7000):
+    """Other pictures under the names that a folder has."""
+    for n, path in enumerate(sorted(folder.rglob("*.jpg"))):
+        save_picture(path, seed + n)
+
+
+# --- other images under the same names ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", ["training", "validation"])
+@pytest.mark.parametrize("n_epochs", [2, 3])  # the run is finished, or goes on
+def test_other_images_under_the_same_names_are_another_run(food, tmp_path, capsys, split, n_epochs):
+    assert run_simple(food, tmp_path / "out") == 0
+    before = without_seconds(tmp_path / "out/simple")
+    draw_others(food / split)
+    assert run_simple(food, tmp_path / "out", n_epochs=n_epochs) == 2
+    error = capsys.readouterr().err
+    assert f"other settings: the {split} images (they have changed)" in error
+    assert same(without_seconds(tmp_path / "out/simple"), before)
+    assert h.run(h.find_data(food), ["simple"], out=tmp_path / "out", fresh=True, **SMALL)
+
+
+def test_one_other_picture_is_enough(food, tmp_path, capsys):
+    assert run_simple(food, tmp_path / "out") == 0
+    save_picture(food / "training/7_1.jpg", 4321)
+    assert run_simple(food, tmp_path / "out") == 2
+    assert "the training images (they have changed)" in capsys.readouterr().err
+
+
+def test_the_same_images_in_another_place_with_other_times_go_on(
+    food, tmp_path, monkeypatch, capsys
+):
+    """Another machine: another mount, other times, an empty cache."""
+    assert run_simple(food, tmp_path / "whole", n_epochs=3) == 0
+    assert run_simple(food, tmp_path / "cut") == 0
+    there = tmp_path / "elsewhere/Food-11"
+    shutil.copytree(food, there, copy_function=shutil.copy)
+    for n, path in enumerate(sorted(there.rglob("*.jpg"))):
+        os.utime(path, (1e9 + n, 1e9 + n))
+    monkeypatch.setenv("HW13_CACHE", str(tmp_path / "empty_cache"))
+    capsys.readouterr()
+    assert run_simple(there, tmp_path / "cut", n_epochs=3) == 0
+    assert "goes on after epoch 2" in capsys.readouterr().out
+    assert same(
+        without_seconds(tmp_path / "cut/simple"), without_seconds(tmp_path / "whole/simple")
+    )
+    assert run_simple(there, tmp_path / "cut", n_epochs=3) == 0
+    assert "finished before" in capsys.readouterr().out
+
+
+def test_other_evaluation_images_are_predicted_anew(food, tmp_path, capsys):
+    assert run_simple(food, tmp_path / "out") == 0
+    save_picture(food / "evaluation/0005.jpg", 33)
+    assert run_simple(food, tmp_path / "out") == 0
+    assert "finished before" in capsys.readouterr().out
+    assert h.validate_submission(tmp_path / "out/simple.csv", 6) == 6
+
+
+def test_class_folders_whose_files_have_other_names_are_another_run(food, tmp_path, capsys):
+    for split in h.SPLITS:
+        for path in sorted((food / split).glob("*.jpg")):
+            label = 0 if split == "evaluation" else int(path.name.split("_")[0])
+            name = h.CLASS_NAMES[label].replace("/", "-")
+            path.rename(save_picture(food / split / name / path.name))
+    for name in h.CLASS_NAMES:
+        (food / "evaluation" / name.replace("/", "-")).mkdir(exist_ok=True)
+    assert run_simple(food, tmp_path / "out") == 0
+    for n, path in enumerate(sorted((food / "training").rglob("*.jpg"))):
+        save_picture(path.with_name(f"other_{path.name}"), n)
+        path.unlink()
+    assert run_simple(food, tmp_path / "out") == 2
+    assert "the training images (they have changed)" in capsys.readouterr().err
+
+
+def test_no_stage_trains_where_a_later_ones_images_have_changed(
+    food, tmp_path, monkeypatch, capsys
+):
+    assert run_simple(food, tmp_path, exp_name="second") == 0
+    draw_others(food / "training")
+    data = h.find_data(food)
+    stages = []
+    for name in ("first", "second"):
+        cfg = h.get_config("simple", exp_name=name, **SMALL)
+        stages.append(h.prepare_stage(cfg, data, out=tmp_path))
+    monkeypatch.setattr(h, "train_one_epoch", lambda *args: pytest.fail("trained"))
+    with pytest.raises(h.UserError, match="second holds a run with other settings: the training"):
+        h.train_in_turn(stages)
+
+
+def test_a_loop_by_hand_refuses_other_images_too(food, tmp_path):
+    def by_hand():
+        data = h.find_data(food)
+        cfg = h.get_config("simple", **SMALL)
+        stage = h.prepare_stage(cfg, data, out=tmp_path)
+        train_loader, valid_loader = h.build_loaders(cfg, data, stage.device)
+        return h.fit(stage.loss_fn, train_loader, valid_loader, stage.folder)
+
+    assert len(by_hand()) == 2
+    draw_others(food / "validation")
+    with pytest.raises(h.UserError, match="the validation images .they have changed."):
+        by_hand()
+
+
+# --- the cache ------------------------------------------------------------------------------------
+
+
+def test_the_cache_sees_other_bytes_of_the_same_size_and_time(food):
+    path = food / "training/3_0.jpg"
+    first = h.load_data(h.find_data(food), "training", "whole", 44)
+    images = first.images.clone()
+    stat = path.stat()
+    other = save_picture(food.parent / "other.jpg", 4444).read_bytes()
+    size = 100 + max(stat.st_size, len(other))
+    path.write_bytes(path.read_bytes() + bytes(size - stat.st_size))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    padded = h.load_data(h.find_data(food), "training", "whole", 44)
+    assert torch.equal(padded.images, images)
+    path.write_bytes(other + bytes(size - len(other)))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    again = h.load_data(h.find_data(food), "training", "whole", 44)
+    row = again.ids.index("3_0")
+    assert not torch.equal(again.images[row], images[row])
+    assert len({first.contents, padded.contents, again.contents}) == 3
+
+
+def test_contents_are_those_of_the_files_whatever_the_form_and_the_cache(food, monkeypatch):
+    (food / "training/5_0.jpg").write_bytes(b"no picture")
+    data = h.find_data(food)
+    whole = h.load_data(data, "training", "whole", 46)
+    exact = h.load_data(data, "training", "eval", 52)
+    assert whole.contents == exact.contents
+    assert h.load_data(data, "training", "whole", 46).contents == whole.contents
+    # What cannot be decoded counts too.
+    (food / "training/5_0.jpg").write_bytes(b"no picture either")
+    assert h.load_data(h.find_data(food), "training", "whole", 46).contents != whole.contents
