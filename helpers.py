@@ -3513,6 +3513,7 @@ def train_epochs(state, train_loader, valid_loader, views, folder):
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"  # what a run goes on from, and the save before it
 BEST = "student_best.ckpt"
+RESULT = "result.json"  # what a later call compares the stage's CSV by
 # Config keys that may change when a run goes on.
 BEHAVIOUR_KEYS = {"time_limit_h"}
 # Facts that are hashes: a sentence names them without their values.
@@ -3674,7 +3675,7 @@ class RunFolder:
     def clear(self):
         """Forget the run: nothing goes on from here any more."""
         if is_first_process():
-            for name in (LAST, PREVIOUS, BEST):
+            for name in (LAST, PREVIOUS, BEST, RESULT):
                 (self.path / name).unlink(missing_ok=True)
         barrier()
 
@@ -3904,7 +3905,8 @@ class Stage:
             net=self.student,
             facts=self.folder.facts,
         )
-        write_predictions(self.student, self.data, self.cfg, run.csv, self.device)
+        evaluation = write_predictions(self.student, self.data, self.cfg, run.csv, self.device)
+        write_result(run, evaluation)
         return run
 
 
@@ -3990,6 +3992,8 @@ def run(
 ):
     """Run stages one after another and write the best by validation as submission.csv: their Runs.
 
+    A better stage of an earlier call in the same folder, on the same images, keeps its place there.
+
     teacher_path: a file or a list of files (default: the data folder's file; on the demo set one is
     trained). A stage that needs a teacher where there is none is left out, and that is said.
     final: "csv" repeats the best stage on training and validation images (`final_fit`), "submit"
@@ -4014,7 +4018,7 @@ def run(
         runs = train_in_turn(prepared)
         write_best(runs, data, out)
         if final:
-            final_fit(best_run(runs), data, teacher, out, fresh, submit_it=final == "submit")
+            fit_best_again(runs, data, teacher, out, fresh, final)
     return runs
 
 
@@ -4058,6 +4062,76 @@ def train_in_turn(prepared):
 def best_run(runs):
     """The Run with the best validation accuracy, the first of equal ones."""
     return max(runs, key=lambda run: run.valid_acc)
+
+
+# What a stage leaves for later calls: its score, a hash of the images that it was trained on,
+# validated on and asked about, and a hash of its CSV.
+Result = namedtuple("Result", "name valid_acc n_valid epochs finished images csv")
+
+
+def write_result(run, evaluation):
+    """Write a Run's Result into its folder. evaluation: the Split that its CSV answers."""
+    images = [run.facts.get(fact) for fact in DATA_FACTS]
+    if is_first_process():
+        result = Result(
+            name=run.name,
+            valid_acc=run.valid_acc,
+            n_valid=run.n_valid,
+            epochs=len(run.history),
+            finished=run.finished,
+            images=fingerprint(images, evaluation.ids, evaluation.contents),
+            csv=fingerprint(run.csv.read_text()),
+        )
+        write_text(run.folder / RESULT, json.dumps(result._asdict(), indent=1) + "\n")
+    barrier()  # all processes read it
+
+
+def read_result(folder):
+    """The Result in a stage's folder; None where none is there or it is damaged."""
+    try:
+        result = Result(**json.loads((folder / RESULT).read_text()))
+        return result._replace(valid_acc=float(result.valid_acc))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def better_result(best):
+    """(Result, path of its CSV) of a stage of an earlier call that is better than this call's best.
+
+    None where none is. It lies in the same folder and has the same images; a better one that cannot
+    be compared is said.
+    """
+    own = read_result(best.folder)
+    to_beat = best.valid_acc
+    found = None
+    for path in sorted(best.folder.parent.glob(f"*/{RESULT}")):
+        result = read_result(path.parent)
+        # One without an epoch is no result.
+        if result is None or result.epochs == 0 or result.valid_acc <= to_beat:
+            continue
+        csv_path = path.parent.with_suffix(".csv")
+        why_not = None
+        if own is None or result.images != own.images:
+            why_not = "its images were others"
+        elif not csv_path.is_file() or fingerprint(csv_path.read_text()) != result.csv:
+            why_not = f"{csv_path} is not what it wrote"
+        if why_not:
+            say(f"{result.name} is not compared with {best.name}: {why_not}; run it again")
+        else:
+            to_beat = result.valid_acc
+            found = (result, csv_path)
+    return found
+
+
+def fit_best_again(runs, data, teacher, out, fresh, final):
+    """`final_fit` of the best Run, unless a stage of an earlier call is better, which is said."""
+    best = best_run(runs)
+    better = better_result(best)
+    if better is None:
+        final_fit(best, data, teacher, out, fresh, submit_it=final == "submit")
+        return
+    result, _ = better
+    say(f"no final fit: {result.name} is better than {best.name}; name it among the stages")
 
 
 def final_fit(validated, data, teacher=None, out=None, fresh=False, submit_it=False, **own):
@@ -4301,7 +4375,7 @@ def quoted(text, longest=80):
 
 
 def write_predictions(student, data, cfg, path, device, tta=False):
-    """Predict the evaluation images, write the CSV and validate it.
+    """Predict the evaluation images, write the CSV and validate it; returns their Split.
 
     Where labels are known, say the accuracy.
     """
@@ -4318,21 +4392,33 @@ def write_predictions(student, data, cfg, path, device, tta=False):
         accuracy = (classes == split.labels).double().mean().item()
         n = len(classes)
         say(f"accuracy on {n} evaluation images of {data.origin}: {plus_minus(accuracy, n)}")
+    return split
 
 
 def write_best(runs, data, out=None):
     """Copy the CSV of the best run by validation accuracy to submission.csv and return its path.
 
-    For the demo set it is submission_demo.csv. A public copy of Food-11 gets none, for its ids are
+    The stages of earlier calls in the same folder count too, if their images were the same. For the
+    demo set it is submission_demo.csv. A public copy of Food-11 gets none, for its ids are
     not the homework's: None is returned and that is said.
     """
     best = best_run(runs)
     accuracy = plus_minus(best.valid_acc, best.n_valid)
+    on = f"({best.n_valid} images, {data.origin})"
+    better = better_result(best)
+    if better is None:
+        why = f"{best.name} has the best validation accuracy, {accuracy} {on}"
+        return copy_submission(best.csv, data, out, why)
+    result, csv_path = better
+    name = result.name
+    if not result.finished:
+        name += " (not finished)"
     why = (
-        f"{best.name} has the best validation accuracy, {accuracy} "
-        f"({best.n_valid} images, {data.origin})"
+        f"{name}, of an earlier call, has the best validation accuracy, "
+        f"{plus_minus(result.valid_acc, result.n_valid)} {on}; "
+        f"the best of this call is {best.name}, {accuracy}"
     )
-    return copy_submission(best.csv, data, out, why)
+    return copy_submission(csv_path, data, out, why)
 
 
 def copy_submission(csv_path, data, out, why):

@@ -1,5 +1,6 @@
 """What a result belongs to: the images that it was made from."""
 
+import json
 import os
 import shutil
 
@@ -156,3 +157,77 @@ def test_contents_are_those_of_the_files_whatever_the_form_and_the_cache(food, m
     # What cannot be decoded counts too.
     (food / "training/5_0.jpg").write_bytes(b"no picture either")
     assert h.load_data(h.find_data(food), "training", "whole", 46).contents != whole.contents
+
+
+# --- the best of what is there --------------------------------------------------------------------
+
+
+def set_accuracy(folder, accuracy):
+    """Let a stage's folder say that it reached another accuracy."""
+    path = folder / h.RESULT
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"valid_acc": accuracy}))
+
+
+@pytest.fixture
+def good_there(food, tmp_path, capsys):
+    """A folder in which a stage "good" (accuracy 0.9 by its own word) is there before."""
+    out = tmp_path / "out"
+    assert run_simple(food, out, exp_name="good", seed=1) == 0
+    set_accuracy(out / "good", 0.9)
+    capsys.readouterr()
+    return out
+
+
+def test_a_worse_stage_does_not_replace_a_better_ones_submission(good_there, food, capsys):
+    assert run_simple(food, good_there, lr=0, exp_name="bad") == 0
+    said = capsys.readouterr().out
+    good, bad, submitted = (
+        (good_there / f"{name}.csv").read_text() for name in ("good", "bad", "submission")
+    )
+    assert submitted == good != bad
+    assert "good, of an earlier call, has the best validation accuracy, 0.9000" in said
+    assert "the best of this call is bad, 0.0" in said
+    assert "bad has the best" not in said
+
+
+def test_a_better_stage_replaces_it(good_there, food, capsys):
+    set_accuracy(good_there / "good", 0.0)
+    assert run_simple(food, good_there, exp_name="better") == 0
+    assert "better has the best validation accuracy" in capsys.readouterr().out
+    submitted = (good_there / "submission.csv").read_text()
+    assert submitted == (good_there / "better.csv").read_text()
+
+
+def test_a_stage_that_is_started_again_does_not_count_as_it_was(good_there, food, capsys):
+    data = h.find_data(food)
+    h.run(data, ["simple"], out=good_there, fresh=True, **SMALL, exp_name="good", seed=2)
+    assert "good has the best validation accuracy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda food, out: save_picture(food / "evaluation/0003.jpg", 1), "its images were others"),
+        (lambda food, out: draw_others(food / "training"), "its images were others"),
+        (lambda food, out: (out / "good.csv").write_text("Id"), "good.csv is not what it wrote"),
+        (lambda food, out: (out / "good.csv").unlink(), "good.csv is not what it wrote"),
+        (lambda food, out: (out / "good" / h.RESULT).write_text("{"), None),
+        (lambda food, out: (out / "good" / h.RESULT).write_text("[1]"), None),
+    ],
+)
+def test_what_cannot_be_compared_is_said_and_left_out(good_there, food, harm, message, capsys):
+    harm(food, good_there)
+    assert run_simple(food, good_there, exp_name="bad") == 0
+    said = capsys.readouterr().out
+    assert "bad has the best validation accuracy" in said
+    if message:
+        assert "good is not compared with bad" in said
+        assert message in said
+
+
+def test_no_final_fit_of_a_stage_that_is_not_the_best(good_there, food, capsys):
+    data = h.find_data(food)
+    h.run(data, ["simple"], out=good_there, final="submit", **SMALL, exp_name="bad")
+    assert "no final fit: good is better than bad" in capsys.readouterr().out
+    submitted = (good_there / "submission.csv").read_text()
+    assert submitted == (good_there / "good.csv").read_text()
