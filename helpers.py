@@ -3582,7 +3582,8 @@ class RunFolder:
     """The folder of one run: its lock, its files, and the facts that must be the same for going on.
 
     config.json (the facts), student_best.ckpt (a plain fp32 state dict), log.csv (the history),
-    last.ckpt and previous.ckpt (the last.ckpt of the save before). last.ckpt holds the facts, the
+    last.ckpt and previous.ckpt (the last.ckpt of the save before), and result.json (the Result that
+    a stage leaves at its end). last.ckpt holds the facts, the
     history, the best student, student and adapters ("loss_fn"), optimizer and scaler; no random
     state, for every draw is a function of (seed, epoch).
     fresh=True: what is there is started again when training begins.

@@ -58,7 +58,7 @@ def arguments(food, teacher_file):
     return ["run", "--data", str(food), "--stages", "boss", *small_run, "--out"]
 
 
-FILES = ["config.json", "last.ckpt", "log.csv", "previous.ckpt", "student_best.ckpt"]
+FILES = ["config.json", "last.ckpt", "log.csv", "previous.ckpt", "result.json", "student_best.ckpt"]
 
 
 def test_run_with_two_processes_writes_one_set_of_files_and_resumes(
