@@ -15,7 +15,14 @@ from shared import settings
 import helpers as h
 
 SMALL = settings(image_size=64, n_epochs=1, batch_size=8)
-STAGE_FILES = ("student_best.ckpt", "last.ckpt", "previous.ckpt", "log.csv", "config.json")
+STAGE_FILES = (
+    "student_best.ckpt",
+    "last.ckpt",
+    "previous.ckpt",
+    "log.csv",
+    "config.json",
+    "result.json",
+)
 
 
 @pytest.fixture
