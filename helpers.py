@@ -15,7 +15,8 @@ This file holds all code of hw13_distill.ipynb, in the order in which the notebo
 10  Pictures           functions that take data and return a matplotlib Figure
 11  Report questions   tables: arithmetic, gradients, temperature, pruning
 12  Machinery          devices, precision, processes, progress bar, whole files, locks
-13  Command line       python helpers.py run | evaluate | predict | validate | export
+13  Exercises          a learner's answers; the exercises edition of the notebook
+14  Command line       python helpers.py run | evaluate | predict | validate | export
 """
 
 import argparse
@@ -284,6 +285,15 @@ class Config:
     def aligns(self):
         """Whether the loss compares feature maps."""
         return any(self.align_weights)
+
+    @property
+    def aligned_layers(self):
+        """{"layer1": weight, ...}: the layers that the loss compares."""
+        layers = {}
+        for number, weight in enumerate(self.align_weights, 1):
+            if weight:
+                layers[f"layer{number}"] = weight
+        return layers
 
     @property
     def needs_teacher(self):
@@ -1598,6 +1608,27 @@ def sample_student(cfg):
     return nn.Sequential(layers)
 
 
+def plain_student():
+    """A student of dwpw_conv blocks, 58,235 parameters: (B, 3, H, W) -> logits (B, 11).
+
+    Its layers are as wide as the teacher's, so that they can be compared with them.
+    """
+    stem = nn.Sequential(
+        nn.Conv2d(3, 48, 7, stride=2, padding=3, bias=False),
+        nn.BatchNorm2d(48),
+        nn.ReLU(),
+        nn.MaxPool2d(3, stride=2, padding=1),
+    )
+    net = nn.Sequential()
+    net.add_module("stem", stem)  # (B, 48, H / 4, W / 4)
+    net.add_module("layer1", dwpw_conv(48, 64, stride=1))  # (B, 64, H / 4, W / 4)
+    net.add_module("layer2", dwpw_conv(64, 128))  # (B, 128, H / 8, W / 8)
+    net.add_module("layer3", dwpw_conv(128, 256))  # (B, 256, H / 16, W / 16)
+    net.add_module("pool", GlobalAvgPool())  # (B, 256)
+    net.add_module("fc", nn.Linear(256, NUM_CLASSES))
+    return net
+
+
 def stacked(cfg, stem, block):
     """stem, then layer1, layer2, ... as the config says, then pool and classifier.
 
@@ -2124,13 +2155,12 @@ def loss_fn_kd(student_logits, labels, teacher_logits, alpha=0.5, temperature=20
     other term's. Returns a scalar.
     """
     student_logits = student_logits.float()
-    teacher_logits = teacher_logits.float()
 
-    # The soft loss: both distributions are softened by the temperature. kl_div takes logarithms of
-    # probabilities, the student's first.
+    # The soft loss: both distributions are softened by the temperature. F.kl_div(log_p, q) is
+    # KL(q || p): the logarithms of the student's probabilities come first.
     log_p_student = F.log_softmax(student_logits / temperature, dim=1)
-    log_p_teacher = F.log_softmax(teacher_logits / temperature, dim=1)
-    soft_loss = F.kl_div(log_p_student, log_p_teacher, reduction="batchmean", log_target=True)
+    p_teacher = soft_labels(teacher_logits, temperature)
+    soft_loss = F.kl_div(log_p_student, p_teacher, reduction="batchmean")
 
     # The hard loss: the labels, without a temperature.
     hard_loss = F.cross_entropy(student_logits, labels)
@@ -2282,10 +2312,7 @@ class DistillLoss(nn.Module):
         self.loss_fn_kd = loss_fn_kd or standard_loss
         self.alignment = alignment or standard_alignment
         self.loss_weights = loss_weights or standard_weights
-        self.layers = {}  # {"layer1": weight, ...}
-        for number, weight in enumerate(cfg.align_weights, 1):
-            if weight:
-                self.layers[f"layer{number}"] = weight
+        self.layers = cfg.aligned_layers
         self.adapters = nn.ModuleDict()
         if self.layers:
             self.adapters = build_adapters(cfg, student, teacher, self.layers)
@@ -4695,8 +4722,11 @@ def plot_attention(images, nets, layer, origin):
 
 
 @illustration()
-def plot_soft_labels(logits, image, temperatures, origin):
-    """One picture and what the teacher's logits (11,) become at several temperatures."""
+def plot_soft_labels(logits, image, temperatures, origin, soft_labels=soft_labels):
+    """One picture and what the teacher's logits (11,) become at several temperatures.
+
+    soft_labels: your own in place of this module's.
+    """
     title = f"the teacher's soft labels: {origin}"
     figure, axes = new_figure(title, 1, len(temperatures) + 1, 11, 3.4)
     draw_picture(axes[0, 0], image)
@@ -4847,10 +4877,11 @@ def plot_mistakes(split, classes, right=None, n=12):
 
 
 @illustration()
-def stage_table(runs):
+def stage_table(runs, guesses=None):
     """A DataFrame with a row a stage.
 
     Parameters, multiply-adds, validation accuracy +- s.e., epochs, seconds.
+    guesses: {stage: accuracy guessed before it ran}, which become a column.
     """
     rows = []
     for run in runs:
@@ -4864,6 +4895,8 @@ def stage_table(runs):
             "epochs": len(run.history),
             "seconds": round(run.history["seconds"].sum()),
         }
+        if guesses:
+            row["guess"] = guesses.get(run.name, "none")
         rows.append(row)
     return pd.DataFrame(rows).set_index("stage")
 
@@ -5687,11 +5720,319 @@ def plain_values_used_by(piece):
 
 
 # ==================================================================================================
-# 13  Command line
+# 13  Exercises
+# ==================================================================================================
+
+# The exercises edition is made from the notebook. Where the notebook shows one of these functions,
+# the learner writes it. reference: what stands in until the answer is right; None: the config's.
+Exercise = namedtuple("Exercise", "reference check hint")
+
+EXERCISES = {
+    "training_loop": Exercise(
+        loop_of_fit,
+        check_training_loop,
+        "for each epoch choose its views with `train_loader.set_epoch(epoch)` and bring the "
+        "student into training mode; for each batch `images, labels, *_` work out the "
+        "cross-entropy, clear the old gradients, go backward, clip with "
+        "`nn.utils.clip_grad_norm_`, and step.",
+    ),
+    "soft_labels": Exercise(
+        soft_labels,
+        check_soft_labels,
+        "divide first, then `F.softmax` over the last dimension, `dim=-1`.",
+    ),
+    "loss_fn_kd": Exercise(
+        loss_fn_kd,
+        check_loss_fn_kd,
+        "`F.kl_div(log_p_student, p_teacher, reduction='batchmean')` wants the student's "
+        "logarithms (`F.log_softmax`) and the teacher's probabilities (your `soft_labels`); "
+        "`F.cross_entropy` wants the plain logits.",
+    ),
+    "dwpw_conv": Exercise(
+        dwpw_conv,
+        check_dwpw_conv,
+        "six layers in an `nn.Sequential`; `groups=in_channels` makes a convolution depthwise. "
+        "`h.check_budget(my_dwpw_conv(64, 128))` counts the parameters.",
+    ),
+    "student": Exercise(
+        None,
+        check_student,
+        "a stem that halves the picture once or twice, some of your blocks, `h.GlobalAvgPool()` "
+        "and one `nn.Linear`. The docstring is that of the solution; any net within 60,000 "
+        "parameters will do. Where it has a `layer1`, `layer2` and `layer3`, Boss trains it too.",
+    ),
+    "loss_weights": Exercise(
+        loss_weights,
+        check_loss_weights,
+        "both cases are in the docstring; return `h.LossWeights(kd=..., alpha=..., align=...)`.",
+    ),
+    "alignment": Exercise(
+        alignment,
+        check_alignment,
+        "for each layer: average the larger of the two maps down with `F.adaptive_avg_pool2d`, "
+        "send the student's through its adapter, and add the weight times `F.smooth_l1_loss`.",
+    ),
+}
+
+
+class Answers:
+    """A learner's answers and guesses in the exercises edition.
+
+    What is right is what the stages train with. In the place of anything else this module's
+    reference stands, and that is said. Runs with own code have a folder of their own, "exercises",
+    and one whose code has changed is started again.
+    """
+
+    def __init__(self, out=None):
+        self.out = Path(out or default_out()) / "exercises"
+        self.own = {}  # name of an exercise -> the right answer
+        self.guesses = {}  # name of a stage -> guessed validation accuracy
+
+    def take(self, name, answer):
+        """Check the answer to an exercise: it is returned where it is right, else the reference."""
+        exercise = EXERCISES[name]
+        if exercise.check(answer):
+            self.own[name] = answer
+            say("Yours is used below.")
+            return answer
+        self.own.pop(name, None)
+        say("Until it is right the reference stands in below.")
+        return exercise.reference
+
+    def with_views(self, cfg, settings):
+        """The config with a learner's settings of the training views, if these are right."""
+        if check_views(settings, cfg):
+            return replace(cfg, **settings)
+        say("Until they are right the reference's views stand in below.")
+        return cfg
+
+    def guess(self, cfg, accuracy):
+        """Keep a guess of a stage's validation accuracy, from 0 to 1; None is no guess."""
+        self.guesses.pop(cfg.exp_name, None)
+        if accuracy is None:
+            say(f"{cfg.exp_name}: no guess yet. Write one, from 0 to 1, in the place of None.")
+        elif not isinstance(accuracy, (int, float)) or not 0 <= accuracy <= 1:
+            say(f"{cfg.exp_name}: {accuracy!r} is no accuracy from 0 to 1.")
+        else:
+            self.guesses[cfg.exp_name] = float(accuracy)
+
+    def run_stage(self, cfg, data, teacher=None, device=None):
+        """`run_stage` with the right answers; then the guess beside what was reached."""
+        own = self.own_for(cfg)
+        if own:
+            say(f"{cfg.exp_name} trains with your {', '.join(own)}.")
+        stage = prepare_stage(cfg, data, teacher, self.out, fresh=True, device=device, **own)
+        stage.folder.fresh = has_moved_on(stage)
+        run = stage.train()
+        if run.name in self.guesses:
+            reached = plus_minus(run.valid_acc, run.n_valid)
+            say(f"{run.name}: you guessed {self.guesses[run.name]:.4f}, it reached {reached}.")
+        return run
+
+    def own_for(self, cfg):
+        """The right answers that a stage has a use for, as `prepare_stage` takes them."""
+        wanted = []
+        if cfg.student != "sample":  # Simple and Medium keep the course's net
+            wanted.append("student")
+        if cfg.needs_teacher:
+            wanted.append("loss_fn_kd")
+        if cfg.loss_schedule == "handover":
+            wanted.append("loss_weights")
+        if cfg.aligns:
+            wanted.append("alignment")
+        own = {name: self.own[name] for name in wanted if name in self.own}
+        if "student" in own and not self.has_layers(cfg):
+            say(f"{cfg.exp_name}: your student has no {', '.join(cfg.aligned_layers)} to align.")
+            del own["student"]
+        return own
+
+    def has_layers(self, cfg):
+        """Whether the learner's student has the layers that a stage aligns."""
+        student = own_student(cfg, self.own["student"])
+        return cfg.aligned_layers.keys() <= dict(student.named_modules()).keys()
+
+    def stage_table(self, runs):
+        """`stage_table` with the guesses."""
+        return stage_table(runs, self.guesses)
+
+    def plot_soft_labels(self, *arguments):
+        """`plot_soft_labels`, drawn with the learner's soft_labels if they are right."""
+        return plot_soft_labels(*arguments, self.own.get("soft_labels", soft_labels))
+
+
+# --- the exercises edition, made from the notebook ------------------------------------------------
+
+EXERCISES_INTRODUCTION = """\
+**This is the exercises edition.** It is the same walk, but the taught functions are yours to write.
+Each step is *predict, write, check, run, compare*:
+
+1. **Predict.** Before a stage runs, guess its validation accuracy: `mine.guess` keeps it for the
+   tables.
+2. **Write.** A cell with `raise NotImplementedError` is yours: put your code in its place.
+3. **Check.** The next cell says whether it is right, and if not, why. A solution is folded below.
+4. **Run and compare.** What is right is what the stages below train with. What is not yet written
+   or not yet right breaks nothing: the reference stands in, and the cell says so.
+
+After a change run the cells from there on again; a stage whose code has changed starts anew."""
+
+# What the exercises edition calls in the place of the module's own functions.
+EXERCISES_CALLS = {
+    "h.run_stage(": "mine.run_stage(",
+    "h.stage_table(": "mine.stage_table(",
+    "h.plot_soft_labels(": "mine.plot_soft_labels(",
+}
+
+LOOP_HEAD = '''\
+def my_training_loop(student, train_loader, cfg):
+    """Train a student on its labels for cfg.n_epochs, as `fit` does.
+
+    Adam with cfg.lr and cfg.weight_decay; gradients are clipped to the norm cfg.grad_norm_max.
+    """
+'''
+TODO = "    raise NotImplementedError  # TODO: your code\n"
+
+
+def export_exercises(folder=None):
+    """Write the one-file exercises edition and return its path. folder: as in export_notebook."""
+    folder = Path(folder or Path(__file__).parent)
+    notebook = one_file_notebook(folder)
+    cells = []
+    for cell in notebook.cells:
+        cells += exercise_cells(cell)
+    cells.insert(1, new_markdown(EXERCISES_INTRODUCTION))
+    for number, cell in enumerate(cells):
+        cell.id = f"cell-{number:03d}"
+    notebook.cells = cells
+    return write_notebook(notebook, folder / EXERCISES_NOTEBOOK)
+
+
+def exercise_cells(cell):
+    """The cells that the exercises edition has in the place of one cell of the notebook."""
+    if cell.cell_type == "markdown":
+        return with_place_for_answer(cell)
+    if cell.source.startswith("%%"):  # this module
+        return [cell]
+    kind = cell.metadata.pop("exercise", None)
+    if kind == "views":
+        return [cell, *views_exercise()]
+    if kind:
+        return code_exercise(kind, LOOP_HEAD, textwrap.indent(cell.source, "    "))
+    shown = re.fullmatch(r"h\.show_source\(h\.(\w+)\)", cell.source.strip())
+    if shown and exercise_that_shows(shown[1]):
+        name = exercise_that_shows(shown[1])
+        return code_exercise(name, *head_and_body(name, globals()[shown[1]]))
+    trained = re.search(r"h\.(?:run_stage|prepare_stage)\((\w+),", cell.source)
+    for call, own_call in EXERCISES_CALLS.items():
+        cell.source = cell.source.replace(call, own_call)
+    if trained:
+        guess = f"mine.guess({trained[1]}, None)  # TODO: your guess, for example 0.5"
+        return [new_markdown(PREDICT), new_code(guess), cell]
+    if re.search("^import helpers", cell.source, re.MULTILINE):
+        return [cell, new_code("mine = h.Answers()")]
+    return [cell]
+
+
+PREDICT = "**Predict.** Which validation accuracy will this stage reach?"
+
+
+def exercise_that_shows(name):
+    """The exercise whose answer is the function of that name, or None."""
+    if name == plain_student.__name__:
+        return "student"
+    return name if name in EXERCISES else None
+
+
+def with_place_for_answer(cell):
+    """A question, an empty place for the learner's own answer, and the folded answer."""
+    question, fold, answer = cell.source.partition("<details>")
+    if not fold:
+        return [cell]
+    place = new_markdown("**Your answer:** *double-click here and write.*")
+    if question.startswith("**Exercise"):
+        place = new_code("# Your code.")
+    return [new_markdown(question.strip()), place, new_markdown(fold + answer)]
+
+
+def head_and_body(name, function):
+    """(signature and docstring, the rest) of a function's source, as a learner's my_... function.
+
+    What the body calls of this module gets "h." before it, but for what the learner has written.
+    """
+    source = inspect.getsource(function)
+    lines = source.splitlines(keepends=True)
+    docstring = ast.parse(source).body[0].body[0]
+    head = "".join(lines[: docstring.end_lineno])
+    head = head.replace(f"def {function.__name__}(", f"def my_{name}(", 1)
+    body = "".join(lines[docstring.end_lineno :])
+    for used in functions_and_classes_used_by(function):
+        if used.__name__ not in EXERCISES:
+            body = re.sub(rf"(?<![\w.]){used.__name__}\(", f"h.{used.__name__}(", body)
+    return head, body.replace("NUM_CLASSES", "h.NUM_CLASSES")
+
+
+def code_exercise(name, head, body):
+    """Write, check, and a folded solution, for one function."""
+    take = f'mine.take("{name}", my_{name})'
+    if name == "training_loop":
+        check = f"training_loop = {take}\ntraining_loop(student, train_loader, cfg)"
+    elif EXERCISES[name].reference is None:
+        check = f"_ = {take}"
+    else:
+        check = f"{name} = {take}"
+    return [
+        new_markdown(f"**Write `my_{name}`.** Hint: {EXERCISES[name].hint}"),
+        new_code(head + TODO.rstrip(), exercise=name),
+        new_code(check),
+        folded_solution(head + body),
+    ]
+
+
+def views_exercise():
+    """Write, check, and a folded solution, for the settings of Boss's training views."""
+    start = ["my_views = {"]
+    solution = ["my_views = {"]
+    plain = Config()
+    for setting_name, transform in VIEW_SETTINGS.items():
+        start.append(f'    "{setting_name}": {getattr(plain, setting_name)},  # TODO: {transform}')
+        solution.append(f'    "{setting_name}": {getattr(BOSS, setting_name)},')
+    return [
+        new_markdown(
+            "**Write the training views of Strong and Boss** as settings: the comments name the "
+            "transforms of torchvision that the homework's Boss has, one after the other. Now they "
+            "are those of the course's sample transform."
+        ),
+        new_code("\n".join([*start, "}"]), exercise="views"),
+        new_code("strong_cfg = mine.with_views(strong_cfg, my_views)"),
+        folded_solution("\n".join([*solution, "}"])),
+    ]
+
+
+def folded_solution(code):
+    """A markdown cell with code that is seen when it is unfolded."""
+    return new_markdown(
+        f"<details><summary>A solution</summary>\n\n```python\n{code.strip()}\n```\n\n</details>"
+    )
+
+
+def new_markdown(text):
+    import nbformat
+
+    return nbformat.v4.new_markdown_cell(text)
+
+
+def new_code(text, **metadata):
+    import nbformat
+
+    return nbformat.v4.new_code_cell(text, metadata=metadata)
+
+
+# ==================================================================================================
+# 14  Command line
 # ==================================================================================================
 
 NOTEBOOK = "hw13_distill.ipynb"
 KAGGLE_NOTEBOOK = "submission/hw13_distill_kaggle.ipynb"
+EXERCISES_NOTEBOOK = "submission/hw13_distill_exercises.ipynb"
 
 
 def export_notebook(folder=None):
@@ -5700,19 +6041,35 @@ def export_notebook(folder=None):
     It is the notebook with this module in its first cell, without outputs. folder: where the
     notebook lies, default beside this module.
     """
+    folder = Path(folder or Path(__file__).parent)
+    notebook = one_file_notebook(folder)
+    for cell in notebook.cells:
+        cell.metadata.pop("exercise", None)
+    return write_notebook(notebook, folder / KAGGLE_NOTEBOOK)
+
+
+def one_file_notebook(folder):
+    """The notebook of a folder, without outputs, with this module in its first code cell."""
     import nbformat
 
-    folder = Path(folder or Path(__file__).parent)
     notebook = nbformat.read(folder / NOTEBOOK, as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = []
             cell.execution_count = None
     text = "%%writefile helpers.py\n" + Path(__file__).read_text(encoding="utf-8")
-    hidden = {"jupyter": {"source_hidden": True}}
+    # Folded in Jupyter and on Kaggle.
+    hidden = {"jupyter": {"source_hidden": True}, "_kg_hide-input": True}
     notebook.cells.insert(1, nbformat.v4.new_code_cell(text, id="helpers", metadata=hidden))
-    write_text(folder / KAGGLE_NOTEBOOK, nbformat.writes(notebook) + "\n")
-    return folder / KAGGLE_NOTEBOOK
+    return notebook
+
+
+def write_notebook(notebook, path):
+    """Write a notebook to a file; returns its path."""
+    import nbformat
+
+    write_text(path, nbformat.writes(notebook) + "\n")
+    return path
 
 
 class Parser(argparse.ArgumentParser):
@@ -5807,7 +6164,12 @@ def add_validate(commands):
 
 
 def add_export(commands):
-    add_command(commands, "export", export_command, "write the one-file notebook for Kaggle")
+    add_command(
+        commands,
+        "export",
+        export_command,
+        "write the one-file notebooks: for Kaggle, and exercises",
+    )
 
 
 def run_command(args):
@@ -5876,6 +6238,7 @@ def validate_command(args):
 
 def export_command(args):
     print(export_notebook())
+    print(export_exercises())
 
 
 def main(argv=None):

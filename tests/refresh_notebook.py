@@ -1,4 +1,4 @@
-"""Run the notebook on the demo set, clean it, and write it and the one-file notebook for Kaggle.
+"""Run the notebook on the demo set, clean it, and write it and the one-file notebooks made from it.
 
     python tests/refresh_notebook.py
 
@@ -42,14 +42,18 @@ def execute(notebook, folder, **environment):
 
 
 def clean(notebook):
-    """Drop what changes from run to run without meaning: counts, timestamps, transient ids."""
+    """Drop what changes from run to run without meaning: counts, timestamps, transient ids.
+
+    The marks that drive the exercises edition stay.
+    """
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
     }
     for number, cell in enumerate(notebook.cells):
-        cell.id = f"cell-{number:02d}"
-        cell.metadata = {}
+        cell.id = f"cell-{number:03d}"
+        mark = cell.metadata.get("exercise")
+        cell.metadata = {"exercise": mark} if mark else {}
         if cell.cell_type != "code":
             continue
         cell.execution_count = None
@@ -77,6 +81,7 @@ def main():
     megabytes = path.stat().st_size / 1e6
     print(f"{h.NOTEBOOK}: {seconds:.0f} s, {megabytes:.2f} MB")
     print(h.export_notebook())
+    print(h.export_exercises())
 
 
 if __name__ == "__main__":

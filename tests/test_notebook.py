@@ -47,9 +47,10 @@ def test_the_committed_notebook_is_small_and_clean():
     assert_ran_well(COMMITTED)
     for cell in code_cells(COMMITTED):
         lines = [line for line in cell.source.splitlines() if line.strip()]
-        assert len(lines) <= 8, cell.source
+        mark = cell.metadata.get("exercise")
+        assert len(lines) <= (13 if mark == "training_loop" else 8), cell.source
         assert cell.execution_count is None
-        assert cell.metadata == {}
+        assert cell.metadata.keys() <= {"exercise"}
     assert COMMITTED.metadata.keys() == {"kernelspec", "language_info"}
 
 
