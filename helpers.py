@@ -561,8 +561,8 @@ class FoodData:
             n = len(self.ignored)
             text += f" Ignored {n} stray, empty or unlabelled files ({examples}, ...)."
         if self.teacher_path is None:
-            return f"{text} Teacher: no file {TEACHER_FILE}."
-        return f"{text} Teacher: {self.teacher_path}."
+            return f"{text} No teacher's file {TEACHER_FILE} is with them."
+        return f"{text} A teacher's file is with them: {self.teacher_path}."
 
 
 def find_data(root=None):
@@ -1939,13 +1939,34 @@ def misfit(state, net):
     return None
 
 
+# What a net's weights may be stored in: int8 and float8 would want a scale beside them.
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+COUNTS = (torch.int64, torch.int32, *FLOATS)
+
+
 def check_values(path, state):
-    """UserError naming the tensor of a state dict whose values no trained net has."""
+    """UserError naming the first tensor of a state dict that is no trained net's."""
     for key, tensor in state.items():
-        if not tensor.isfinite().all():
-            raise UserError(f"{path} is not loaded: {key} holds values that are not finite")
-        if key.endswith("running_var") and (tensor < 0).any():
-            raise UserError(f"{path} is not loaded: {key} holds variances below zero")
+        why = unusable_values(key, tensor)
+        if why:
+            raise UserError(f"{path} is not loaded: {key} holds {why}")
+
+
+def unusable_values(key, tensor):
+    """What in a tensor no trained net has, in a few words; None where it may be one's."""
+    is_count = key.endswith("num_batches_tracked")
+    if tensor.dtype not in (COUNTS if is_count else FLOATS):
+        kind = str(tensor.dtype).removeprefix("torch.")
+        return f"{kind} values, where floating-point numbers are wanted"
+    if tensor.is_meta:
+        return "no values, only a shape"
+    # In float32 as the net has them: a larger number of float64 becomes infinite there.
+    values = tensor.float()
+    if not values.isfinite().all():
+        return "values that are not finite"
+    if key.endswith("running_var") and (values < 0).any():
+        return "variances below zero"
+    return None
 
 
 def load_net(path, first_key, net_for, what):
@@ -2041,6 +2062,7 @@ def load_teacher(path, device="cpu"):
     teacher = teachers[0]
     if len(teachers) > 1:
         teacher = AveragedTeachers(teachers)
+    teacher.source = some_of(paths)  # for `introduce_teacher`
     return to_device(freeze(teacher), device)
 
 
@@ -4075,6 +4097,10 @@ def train_in_turn(prepared):
     # Images that a later stage cannot use are named before the first one trains.
     for stage in prepared:
         stage.decode()
+    taught = [stage for stage in prepared if stage.loss_fn.teacher is not None]
+    if taught:
+        _, valid = taught[0].decode()
+        introduce_teacher(taught[0].loss_fn.teacher, valid)
     runs = []
     for stage in prepared:
         runs.append(stage.train())
@@ -4252,11 +4278,43 @@ def find_teacher(data, path=None, out=None, device="cpu", fresh=False):
     None without one. Raises UserError where a file is no teacher.
     """
     path = path or data.teacher_path
-    if path is None and data.is_demo:
-        path = train_teacher(data, out, fresh=fresh)
-    if path is None:
+    if path is not None:
+        return load_teacher(path, device)
+    if not data.is_demo:
         return None
-    return load_teacher(path, device)
+    teacher = load_teacher(train_teacher(data, out, fresh=fresh), device)
+    teacher.source += ", trained here"
+    return teacher
+
+
+def introduce_teacher(teacher, split, n_images=200):
+    """Say which teacher teaches, and its accuracy on some validation images: that accuracy.
+
+    split: validation in the `eval` form; n_images are taken at equal distances, so all classes are
+    among them. It is said loudly where the teacher is no better than chance: trained on classes in
+    another order, or not trained. Raises UserError where its answers are not finite.
+    """
+    source = getattr(teacher, "source", "the one handed in")
+    n = min(n_images, len(split))
+    rows = torch.linspace(0, len(split) - 1, n).long()
+    batches = [(normalize(split.images[part]), split.labels[part]) for part in rows.split(50)]
+    logits, labels = predict_logits(teacher, batches)
+    if not logits.isfinite().all():
+        raise UserError(
+            f"the teacher ({source}) cannot teach: its answers to validation images are not finite"
+        )
+    accuracy = (logits.argmax(1) == labels).double().mean().item()
+    score = plus_minus(accuracy, n)
+    say(f"teacher: {source}; accuracy {score} on {n} of {len(split):,} validation images")
+    # Chance: to answer always with the most frequent class. Two standard errors above it, a
+    # teacher knows something; none has to be better than always right.
+    chance = max(labels.bincount().max().item() / n, 1 / NUM_CLASSES)
+    if accuracy < min(1, chance + 2 * standard_error(chance, n)):
+        say(
+            f"WARNING: THIS TEACHER IS NO BETTER THAN CHANCE ({chance:.4f}): its classes are in "
+            "another order, or it is not trained; students learn its mistakes"
+        )
+    return accuracy
 
 
 # ==================================================================================================
@@ -4303,16 +4361,26 @@ def tta_probabilities(student, eval_loader, whole_loader, scales=TTA_SCALES):
 def predict(student, split, cfg, device="cpu", whole=None):
     """The class (N,) int64 of every image of a Split in the `eval` form, in its order.
 
-    whole: the same split in the `whole` form, for test-time augmentation.
+    whole: the same split in the `whole` form, for test-time augmentation. Raises UserError where
+    the net's answers are not finite.
     """
     student = student.to(device)
     batch_size = 2 * cfg.batch_size
     eval_loader = BatchLoader(split, cfg, device, batch_size=batch_size, shared=False)
     if whole is None:
-        logits, _ = predict_logits(student, eval_loader)
-        return logits.argmax(1)
-    whole_loader = BatchLoader(whole, cfg, device, batch_size=batch_size, shared=False)
-    return tta_probabilities(student, eval_loader, whole_loader).argmax(1)
+        answers, _ = predict_logits(student, eval_loader)
+    else:
+        whole_loader = BatchLoader(whole, cfg, device, batch_size=batch_size, shared=False)
+        answers = tta_probabilities(student, eval_loader, whole_loader)
+    # The largest of NaNs would be class 0, for every image.
+    unusable = ~answers.isfinite().all(1)
+    if unusable.any():
+        ids = [split.ids[row] for row in unusable.nonzero()[:, 0].tolist()]
+        raise UserError(
+            f"the net's answers to {len(ids)} {split.name} images ({some_of(ids)}) are not finite: "
+            "its weights are damaged or too large"
+        )
+    return answers.argmax(1)
 
 
 def write_submission(path, ids, classes):
@@ -6214,6 +6282,8 @@ def evaluate_command(args):
         )
     split = load_data(data, "validation", "eval", cfg.image_size)
     score = evaluate(student, BatchLoader(split, cfg, device, batch_size=256))
+    if not math.isfinite(score["valid_loss"]):
+        raise UserError(f"{args.checkpoint} cannot be scored: its answers are not finite")
     n = score["n"]
     print(f"{args.checkpoint}: stage {cfg.exp_name}, {cfg.image_size} px, {data.origin}")
     print(f"validation accuracy {plus_minus(score['valid_acc'], n)} ({n} images)")

@@ -4,10 +4,12 @@ import importlib
 import json
 import sys
 import textwrap
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from shared import settings
 from torch import nn
 
 import helpers as h
@@ -315,6 +317,117 @@ def test_a_teacher_whose_answers_are_not_finite_is_named_as_the_cause(
     cfg = h.get_config("medium", **tiny)
     with pytest.raises(h.UserError, match="the teacher's answers in epoch 1 are not finite at the"):
         h.run_stage(cfg, h.find_data(food), teacher, tmp_path)
+
+
+class Knows(nn.Module):
+    """A teacher that looks images up: right but for every `wrong_every`-th, classes shifted by
+    `shift`.
+    """
+
+    def __init__(self, split, shift=0, wrong_every=0):
+        super().__init__()
+        self.at = nn.Parameter(torch.zeros(1))
+        self.images = h.normalize(split.images)
+        self.classes = (split.labels + shift) % h.NUM_CLASSES
+        if wrong_every:
+            self.classes[::wrong_every] = (self.classes[::wrong_every] + 1) % h.NUM_CLASSES
+
+    def forward(self, x):
+        rows = [(self.images - image).abs().sum((1, 2, 3)).argmin() for image in x]
+        return F.one_hot(self.classes[torch.stack(rows)], h.NUM_CLASSES).float()
+
+
+@pytest.mark.parametrize(
+    ("shift", "wrong_every", "accuracy", "is_loud"),
+    [(0, 0, 1.0, False), (0, 2, 5 / 11, False), (3, 0, 0.0, True), (0, 1, 0.0, True)],
+)
+def test_a_teacher_is_introduced_and_loudly_near_chance(
+    food, capsys, shift, wrong_every, accuracy, is_loud
+):
+    split = h.load_data(h.find_data(food), "validation", "eval", 64)
+    teacher = Knows(split, shift, wrong_every)
+    teacher.source = "there.ckpt"
+    assert h.introduce_teacher(teacher, split) == pytest.approx(accuracy)
+    said = capsys.readouterr().out
+    assert f"teacher: there.ckpt; accuracy {accuracy:.4f} +- " in said
+    assert "on 11 of 11 validation images" in said
+    assert ("NO BETTER THAN CHANCE" in said) == is_loud
+
+
+def test_only_some_images_are_asked_and_of_all_classes(food, capsys):
+    split = h.load_data(h.find_data(food), "training", "eval", 64)
+    asked = []
+
+    class Counts(Knows):
+        def forward(self, x):
+            asked.append(len(x))
+            return super().forward(x)
+
+    assert h.introduce_teacher(Counts(split), split, n_images=11) == 1
+    assert sum(asked) == 11
+    assert "the one handed in; accuracy 1.0000 +- 0.0000 on 11 of 22" in capsys.readouterr().out
+
+
+def test_always_the_most_frequent_class_is_chance(food, capsys):
+    split = h.load_data(h.find_data(food), "validation", "eval", 64)
+    labels = torch.zeros(11, dtype=torch.int64)
+    labels[:5] = torch.arange(1, 6)
+    split = replace(split, labels=labels)
+
+    class Always(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias = nn.Parameter(torch.eye(11)[0])
+
+        def forward(self, x):
+            return self.bias.expand(len(x), 11)
+
+    assert h.introduce_teacher(Always(), split) == pytest.approx(6 / 11)
+    assert "NO BETTER THAN CHANCE (0.5455)" in capsys.readouterr().out
+
+
+def test_the_command_line_says_once_which_teacher_teaches(
+    food, teacher_file, tmp_path, tiny, capsys
+):
+    other = tmp_path / "other.ckpt"
+    teacher_file.rename(other)
+    (food / h.TEACHER_FILE).write_bytes(b"not this one")
+    stages = ["--stages", "simple,medium,strong", "--out", str(tmp_path / "out")]
+    arguments = ["run", "--data", str(food), *stages, "--teacher", str(other), *settings(**tiny)]
+    assert h.main(arguments) == 0
+    said = capsys.readouterr().out
+    assert said.count(f"teacher: {other}; accuracy ") == 1
+    assert f"Teacher: {food}" not in said
+    # Before the first stage trains.
+    assert said.index("teacher: ") < said.index("simple: ")
+    assert h.main([*arguments[:4], "simple", *arguments[5:]]) == 0
+    assert "teacher: " not in capsys.readouterr().out
+
+
+def test_a_teacher_whose_answers_overflow_is_refused_before_training(
+    food, teacher_file, tmp_path, tiny
+):
+    state = torch.load(teacher_file, weights_only=True)
+    state["fc.weight"] = torch.full_like(state["fc.weight"], 3e38)
+    torch.save(state, teacher_file)
+    with pytest.raises(h.UserError, match="cannot teach: its answers to validation images are not"):
+        h.run(h.find_data(food), ["medium"], out=tmp_path, **tiny)
+
+
+@pytest.mark.parametrize("tta", [False, True])
+def test_a_student_whose_answers_overflow_writes_no_csv(medium, food, tmp_path, tta, capsys):
+    run = medium("simple")
+    checkpoint = run.folder / "student_best.ckpt"
+    state = torch.load(checkpoint, weights_only=True)
+    name = next(key for key in reversed(state) if key.endswith("weight"))
+    torch.save(state | {name: torch.full_like(state[name], 3e38)}, checkpoint)
+    arguments = ["--data", str(food), "--checkpoint", str(checkpoint)]
+    flags = ["--tta"] if tta else []
+    assert h.main(["predict", *arguments, "--out", str(tmp_path / "x.csv"), *flags]) == 2
+    assert "answers to 5 evaluation images (0000, 0001, " in capsys.readouterr().err
+    assert not (tmp_path / "x.csv").exists()
+    assert h.main(["evaluate", *arguments]) == 2
+    assert "cannot be scored" in capsys.readouterr().err
 
 
 def test_before_the_first_epoch_ends_there_is_no_student_to_predict_with(

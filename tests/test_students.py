@@ -1,6 +1,8 @@
 """Students, the parameter limit, and the teacher's file."""
 
+import math
 import random
+from collections import Counter, OrderedDict
 
 import numpy as np
 import pytest
@@ -213,27 +215,150 @@ def test_wrappers_and_prefixes_of_a_plain_meaning_are_taken_off(teacher_file, wr
     assert h.state_checksum(h.load_teacher(teacher_file)) == wanted
 
 
-def test_random_wrappers_load_the_same_net_or_say_what_is_there(teacher_file, tmp_path):
-    """Drawn at random: layers of wrappers, a prefix, strays; and sometimes a tensor less."""
+PREFIXES = ("", "module.", "model.", "_orig_mod.", "a.b.c.", "conv1.", "net.module.")
+STRAYS = {
+    "epoch": 3,
+    "name": "x",
+    "history": [1, 2],
+    "cfg": {"lr": 0.1, "widths": (1, 2)},
+    "none": None,
+    "best_acc": np.float64(0.9),
+    "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 0.1}]},
+    "scheduler": {"last_epoch": 3},
+    "loss_weights": torch.ones(11),
+    "another_net": {"conv.weight": torch.zeros(9, 3, 1, 1), "head.weight": torch.zeros(11, 9)},
+    7: "a number as a key",
+}
+
+
+def strays(rng):
+    """Some of what checkpoints hold beside a net."""
+    return {key: STRAYS[key] for key in rng.sample(list(STRAYS), rng.randint(0, 4))}
+
+
+def random_checkpoint(state, rng):
+    """(a state dict in wrappers and with a prefix, what was done to it): nothing, less, or two."""
+    prefix = rng.choice(PREFIXES)
+    saved = {prefix + key: value for key, value in state.items()}
+    done = rng.choice(["nothing", "nothing", "less", "two", "other shape"])
+    if done == "less":
+        saved.pop(prefix + rng.choice(["conv.weight", "fc.bias", "bn.running_mean"]))
+    if done == "other shape":
+        saved[prefix + "fc.bias"] = torch.zeros(12)
+    # What stands beside a net in one dict must not begin like its own tensors.
+    if rng.random() < 0.5:
+        saved |= {"n_averaged": torch.tensor(3), prefix + "conv.total_ops": torch.zeros(1)}
+    if done == "two":
+        copy = dict(saved)
+        saved = {"first": saved, "second": copy} | strays(rng)
+    for _ in range(rng.randint(0, 3)):
+        saved = {rng.choice(["net", "student", "state", "a.b", "model_state"]): saved} | strays(rng)
+    return saved, done
+
+
+def test_random_wrappers_load_the_right_net_or_say_what_is_there(tmp_path):
+    """Drawn at random: layers of wrappers, a prefix, strays; sometimes a tensor less, one of
+    another shape, or two nets. The right weights are loaded, or one sentence lists what is there.
+    """
     rng = random.Random(7)
-    state = torch.load(teacher_file, weights_only=True)
-    wanted = h.state_checksum(h.load_teacher(teacher_file))
     path = tmp_path / "wrapped.ckpt"
-    for _ in range(12):
-        prefix = rng.choice(["", "module.", "model.", "a.b.c.", "conv1."])
-        wrapped = {prefix + key: value for key, value in state.items()}
-        is_whole = rng.random() < 0.7
-        if not is_whole:
-            wrapped.pop(prefix + rng.choice(["fc.weight", "layer2.0.bn1.weight"]))
-        for _ in range(rng.randint(0, 3)):
-            strays = {"epoch": 3, "name": "x", "history": [1, 2], "cfg": {"lr": 0.1}}
-            wrapped = {rng.choice(["net", "student", "state"]): wrapped} | strays
-        torch.save(wrapped, path)
-        if is_whole:
-            assert h.state_checksum(h.load_teacher(path)) == wanted
+    net = tiny_net()
+    seen = Counter()
+    for _ in range(120):
+        saved, done = random_checkpoint(net.state_dict(), rng)
+        torch.save(saved, path)
+        seen[done] += 1
+        if done == "nothing":
+            loaded = h.load_net(path, "conv.weight", lambda state: tiny_net(1), "tiny net")
+            assert h.state_checksum(loaded) == h.state_checksum(net)
+            continue
+        with pytest.raises(h.UserError) as error:
+            h.load_net(path, "conv.weight", lambda state: tiny_net(1), "tiny net")
+        sentence = str(error.value)
+        assert "\n" not in sentence and len(sentence) < 500
+        if done == "two":
+            assert "it holds 2 nets" in sentence and "second" in sentence
         else:
-            with pytest.raises(h.UserError, match="no ResNet of 11 classes .it has no .* it holds"):
-                h.load_teacher(path)
+            assert "it is no tiny net" in sentence
+            assert str(next(iter(saved))) in sentence
+    assert min(seen.values()) > 10 and len(seen) == 4
+
+
+def tiny_net(seed=0):
+    """A net with all kinds of entries: weights, statistics, a count."""
+    torch.manual_seed(seed)
+    layers = {"conv": nn.Conv2d(3, 4, 3), "bn": nn.BatchNorm2d(4), "pool": h.GlobalAvgPool()}
+    return nn.Sequential(OrderedDict(layers | {"fc": nn.Linear(4, 11)}))
+
+
+# What files were met with: (fault, the words for it, or None where the net is usable).
+FAULTS = [
+    (lambda x: x * math.nan, "values that are not finite"),
+    (lambda x: x.double() + 1e300, "values that are not finite"),
+    (lambda x: torch.full_like(x, -math.inf), "values that are not finite"),
+    (lambda x: x.to(torch.int8), "int8 values"),
+    (lambda x: x > 0, "bool values"),
+    (lambda x: x.to(torch.complex64), "complex64 values"),
+    (lambda x: x.to(torch.float8_e4m3fn), "float8_e4m3fn values"),
+    (lambda x: x.to("meta"), "no values, only a shape"),
+    (lambda x: x[:0], " is 0"),
+    (lambda x: x[None], " is 1 x "),
+    (lambda x: x.half(), None),
+    (lambda x: x.bfloat16(), None),
+    (lambda x: x.double(), None),
+    (lambda x: nn.Parameter(x), None),
+    (lambda x: x[:1].expand(x.shape), None),
+    (lambda x: x * 0, None),
+]
+
+
+def test_weights_with_a_random_fault_are_named_by_tensor_or_usable(tmp_path):
+    """Each fault in tensors drawn at random, one element or all of it."""
+    rng = random.Random(3)
+    path = tmp_path / "net.ckpt"
+    plain = tiny_net().state_dict()
+    names = [name for name in plain if not name.endswith("num_batches_tracked")]
+    for fault, words in FAULTS * 4:
+        name = rng.choice(names)
+        state = dict(plain) | {name: fault(plain[name])}
+        torch.save(state, path)
+        if words:
+            with pytest.raises(h.UserError, match=f"{name}.*{words}"):
+                h.load_net(path, "conv.weight", lambda state: tiny_net(1), "tiny net")
+            continue
+        net = h.load_net(path, "conv.weight", lambda state: tiny_net(1), "tiny net").eval()
+        assert net(torch.randn(2, 3, 8, 8)).isfinite().all()
+        assert torch.equal(net.state_dict()[name], state[name].float())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1e-9])
+def test_a_single_impossible_value_is_found(tmp_path, value):
+    state = tiny_net().state_dict()
+    state["bn.running_var"][2] = value
+    torch.save(state, tmp_path / "net.ckpt")
+    with pytest.raises(h.UserError, match="bn.running_var holds v"):
+        h.load_net(tmp_path / "net.ckpt", "conv.weight", lambda state: tiny_net(), "tiny net")
+
+
+@pytest.mark.parametrize(
+    ("count", "is_good"),
+    [
+        (torch.tensor(3), True),
+        (torch.tensor(3.0), True),
+        (torch.tensor(3, dtype=torch.int32), True),
+        (torch.tensor(3j), False),
+        (torch.zeros(2, dtype=torch.int64), False),
+    ],
+)
+def test_a_count_may_be_any_number(tmp_path, count, is_good):
+    state = tiny_net().state_dict() | {"bn.num_batches_tracked": count}
+    path = tmp_path / "net.ckpt"
+    torch.save(state, path)
+    if is_good:
+        assert h.load_net(path, "conv.weight", lambda state: tiny_net(), "tiny net")
+        return
+    with pytest.raises(h.UserError, match="bn.num_batches_tracked"):
+        h.load_net(path, "conv.weight", lambda state: tiny_net(), "tiny net")
 
 
 @pytest.mark.parametrize(
