@@ -29,6 +29,7 @@ import ctypes
 import dataclasses
 import datetime
 import functools
+import gc
 import getpass
 import hashlib
 import html
@@ -43,7 +44,6 @@ import sys
 import tempfile
 import textwrap
 import time
-import traceback
 import types
 import warnings
 from collections import Counter, OrderedDict, namedtuple
@@ -998,8 +998,8 @@ def load_data(data, split, form, image_size):
         side = image_size
         transform = eval_transform(image_size)
     path = cache_path(data, split, form, image_size)
-    # Several processes share one cache file: the first writes it, the others wait.
-    if not is_cache(path, n, side) and is_first_process():
+    # The processes of a machine share one cache file: the first writes it, the others wait.
+    if not is_cache(path, n, side) and is_first_on_node():
         decode_all(files, split, transform, side, path)
     barrier()
     cached = map_cache(path, n, side)
@@ -1423,10 +1423,11 @@ class BatchLoader:
 
     train=True shuffles and augments as `cfg` says; every draw of an epoch is a function of
     (seed, epoch) alone and belongs to the image's row, so a resumed run sees what an uninterrupted
-    one would. Otherwise batches come in order. The uint8 images move onto the GPU when they fit in
-    half of its free memory, else they are read batch by batch through pinned memory. Under
-    torch.distributed each process yields its part of every batch, unless shared=False.
-    Raises UserError where the split's form is not the one that the config's crop wants.
+    one would. Otherwise batches come in order. The uint8 images are read batch by batch through
+    pinned memory, or from the GPU itself inside `images_on_gpu`. Under torch.distributed each
+    process yields its part of every batch, unless shared=False.
+    Raises UserError where the split's form is not the one that the config's crop wants, or where a
+    training step has no image for some of the processes.
     """
 
     def __init__(self, split, cfg, device, train=False, batch_size=None, shared=True):
@@ -1445,10 +1446,29 @@ class BatchLoader:
             self.rank, self.world = rank_and_world()
         self.images = split.images
         self.labels = split.labels.to(self.device)
-        if self.device.type == "cuda":
-            free_memory = torch.cuda.mem_get_info(self.device)[0]
-            if self.images.nbytes < free_memory / 2:
-                self.images = self.images.to(self.device)
+        if train:
+            self._check_step_size()
+
+    def _check_step_size(self):
+        """UserError where a step has fewer images than there are processes."""
+        smallest = min(self.batch_size, len(self.split))
+        if smallest < self.world:
+            raise UserError(
+                f"{self.cfg.exp_name}: a step has {smallest} images (batch_size {self.batch_size}, "
+                f"{len(self.split)} training images), too few for {self.world} processes: "
+                "start fewer processes"
+            )
+
+    def move_images(self):
+        """Put the images on the GPU, for many passes, if they fit in half of its free memory."""
+        if self.device.type != "cuda" or self.images.is_cuda:
+            return
+        if self.images.nbytes < free_memory(self.device) / 2:
+            self.images = self.images.to(self.device)
+
+    def give_images_back(self):
+        """Leave the GPU's memory to others: from here on the images are read from the host."""
+        self.images = self.split.images
 
     def set_epoch(self, epoch):
         """Choose the epoch whose order and views the next iteration yields."""
@@ -1518,6 +1538,23 @@ class BatchLoader:
         for aspects in self.split.aspects.split(4096):
             matrices.append(sample_affine(aspects, self.cfg, generator))
         return torch.cat(matrices).to(self.device)
+
+
+@contextlib.contextmanager
+def images_on_gpu(*loaders):
+    """Keep the images of BatchLoaders on their GPU for the block, where they fit.
+
+    What makes many passes asks for it. A single pass is as fast from the host, and a loader that
+    outlives its stage, as a notebook's does, must not hold gigabytes.
+    """
+    ours = [loader for loader in loaders if isinstance(loader, BatchLoader)]
+    try:
+        for loader in ours:
+            loader.move_images()
+        yield
+    finally:
+        for loader in ours:
+            loader.give_images_back()
 
 
 def training_form(cfg):
@@ -2118,7 +2155,7 @@ class TeacherViews:
         settings += [getattr(cfg, name) for name in keys]
         name = fingerprint(teacher_checksum, split.ids, split.cache.name, shape, settings)
         self.path = cache_root() / f"teacher-{name}.logits"
-        if is_first_process() and not self.path.is_file():
+        if is_first_on_node() and not self.path.is_file():
             self._create(name, shape)
         barrier()
         self.logits = self._map(name, shape)
@@ -3413,6 +3450,27 @@ def check_finite(losses, cfg, epoch, loader):
     )
 
 
+def check_scale(scaler, scale_before, cfg, epoch, n_steps):
+    """UserError where no fp16 gradient of an epoch was finite, so that nothing was learned.
+
+    The scaler leaves out a step whose gradients are not finite, and halves its scale. A run may
+    begin with some such steps; but there is no hope where a scale below 1 is still too large, nor
+    after the last epoch.
+    """
+    if not scaler.is_enabled():
+        return
+    scale = scaler.get_scale()
+    halved_each_step = scale_before * scaler.get_backoff_factor() ** n_steps
+    if scale not in (0, halved_each_step):  # 0: halved until nothing was left
+        return
+    if scale >= 1 and epoch + 1 < cfg.n_epochs:
+        return
+    raise UserError(
+        f"no fp16 gradient of epoch {epoch + 1} is finite, so nothing is learned: set amp=off "
+        f"or lower lr (now {cfg.lr:g}), with {option('--fresh')}; what was saved is intact"
+    )
+
+
 def optimizer_step(state, loss, lr, grad_norm_max):
     """Backward pass, clipped gradients, one step.
 
@@ -3489,7 +3547,7 @@ def fit(loss_fn, train_loader, valid_loader, folder=None):
         )
     loss_fn.on(loss_fn.device)
     lock = folder.lock() if folder else contextlib.nullcontext()
-    with lock, out_of_memory_named(cfg):
+    with lock, out_of_memory_named(cfg), images_on_gpu(train_loader, valid_loader):
         state = TrainState(loss_fn)
         if folder:
             # Before anything is loaded: a run of other images is refused, finished or not.
@@ -3537,7 +3595,9 @@ def train_epochs(state, train_loader, valid_loader, views, folder):
                 )
                 break
             start = time.perf_counter()
+            scale = state.scaler.get_scale()
             row = train_one_epoch(state, forward, train_loader, epoch, views, display.on_step)
+            check_scale(state.scaler, scale, cfg, epoch, len(train_loader))
             for buffer in student.buffers():  # all validate with the first process's statistics
                 broadcast(buffer)
             if valid_loader:
@@ -5114,7 +5174,8 @@ def epoch_parts(cfg, loader, device, batches=3):
     Docker's has 64 MB of it), their batches go through pipes, which is said.
     """
     try:
-        return time_batches(cfg, loader, device, batches)
+        with images_on_gpu(loader):
+            return time_batches(cfg, loader, device, batches)
     except RuntimeError as error:
         if not getattr(loader, "num_workers", 0):
             raise
@@ -5212,7 +5273,20 @@ def pick_device():
             f"the GPU {name} cannot run torch {torch.__version__} ({why}); Kaggle: choose T4 x2"
         ) from None
     torch.cuda.set_device(device)
+    # fp32 is fp32 on every card: newer ones would round the numbers that a convolution multiplies
+    # to 10 bits (TF32), and a score would depend on the card.
+    torch.backends.cudnn.allow_tf32 = False
     return device
+
+
+def free_memory(device):
+    """Bytes of a GPU that a new tensor can have.
+
+    What torch keeps for later counts as free, for torch hands it back where it is wanted; the
+    driver counts it as taken.
+    """
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def keep_freed_memory():
@@ -5231,18 +5305,22 @@ def amp_dtype(device, amp="auto"):
 
     auto: bf16 from CUDA capability 8.0 on and on CPUs that have it in hardware, fp16 on older GPUs.
     The capability is asked, for torch.cuda.is_bf16_supported() is True on a T4, which emulates it
-    slowly.
+    slowly. Raises UserError for bf16 on such a GPU.
     """
     if amp == "off":
         return None
-    if amp == "bf16":
-        return torch.bfloat16
     if amp == "fp16":
         return torch.float16
     if device.type == "cuda":
-        if torch.cuda.get_device_capability(device) >= (8, 0):
+        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+        if amp == "bf16" and not has_bf16:
+            name = torch.cuda.get_device_name(device)
+            raise UserError(f"amp=bf16: {name} has no bfloat16: set amp=auto, fp16 or off")
+        if has_bf16:
             return torch.bfloat16
         return torch.float16
+    if amp == "bf16":
+        return torch.bfloat16
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
         return torch.bfloat16
@@ -5259,15 +5337,26 @@ def to_device(x, device, dtype=None):
 
 @contextlib.contextmanager
 def out_of_memory_named(cfg):
-    """Memory that does not suffice becomes a UserError that names the settings to change."""
-    wordings = "MemoryError|out of memory|allocate memory|enough memory|ALLOC_FAILED|bad_alloc"
+    """Memory that does not suffice becomes a UserError that names the settings to change.
+
+    A GPU has its memory back when the error is raised.
+    """
+    wordings = "MemoryError|out of memory|allocate memory|enough memory|bad_alloc"
+    # cuDNN's: no memory, and no algorithm that does with the memory that there is.
+    wordings += "|ALLOC_FAILED|ALLOCATION_FAILED|unable to find an engine"
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch raises RuntimeErrors of many wordings
         if not re.search(wordings, repr(error)):
             raise
-        # A notebook would keep the frames, and with them the memory.
-        traceback.clear_frames(error.__traceback__)
+        # A notebook keeps the traceback, and with it the frames of the step and their tensors: it
+        # is cut off below the block. (Clearing the frames is not enough, for torch has closures.)
+        of_the_block = error.__traceback__.tb_next
+        if of_the_block:
+            of_the_block.tb_next = None
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
         half = max(2, cfg.batch_size // 2)
         raise UserError(
             f"{cfg.exp_name}: out of memory with batch_size={cfg.batch_size}, "
@@ -5290,6 +5379,13 @@ def rank_and_world():
 def is_first_process():
     """Whether this is the process that prints and writes."""
     return rank_and_world()[0] == 0
+
+
+def is_first_on_node():
+    """Whether this is the process that fills its machine's cache: of several on it, the first."""
+    if rank_and_world()[1] == 1:
+        return True
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
 def barrier():
@@ -5328,10 +5424,14 @@ def process_group():
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         backend = "gloo"
-        if pick_device().type == "cuda":
-            backend = "nccl"
-        patience = datetime.timedelta(hours=12)  # the others wait while one decodes
-        torch.distributed.init_process_group(backend, timeout=patience)
+        device = pick_device()
+        if device.type == "cuda":
+            backend = "cpu:gloo,cuda:nccl"
+        torch.distributed.init_process_group(
+            backend,
+            timeout=datetime.timedelta(hours=12),  # the others wait while one decodes
+            device_id=device if device.type == "cuda" else None,
+        )
     yield
     # Not in a finally: a process that failed must end at once, so that torchrun ends the others.
     if torch.distributed.is_initialized():

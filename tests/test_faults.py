@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import time
+import weakref
 
 import pandas as pd
 import pytest
@@ -452,6 +453,8 @@ def test_an_earlier_session_with_other_settings_is_ignored_and_said(kaggle, caps
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
         MemoryError(),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        RuntimeError("GET was unable to find an engine to execute this computation"),
     ],
 )
 def test_out_of_memory_names_the_settings_that_would_fit(food, monkeypatch, error):
@@ -463,6 +466,57 @@ def test_out_of_memory_names_the_settings_that_would_fit(food, monkeypatch, erro
     monkeypatch.setattr(h, "train_one_epoch", failing(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         train(food, None)
+
+
+def test_memory_is_given_back_though_the_error_is_kept(food):
+    """As a notebook keeps it. torch's forward pass has closures, which clearing frames misses."""
+    kept = []
+
+    class Greedy(torch.nn.Module):
+        def forward(self, images):
+            activations = images * 1.0
+            kept.append(weakref.ref(activations))
+
+            def closure():
+                return activations.sum()
+
+            closure()
+            raise MemoryError
+
+    student = torch.nn.Sequential(Greedy(), torch.nn.Linear(1, 1))
+    cfg = h.Config(image_size=64, batch_size=8)
+    train, valid = h.build_loaders(cfg, h.find_data(food), torch.device("cpu"))
+    with pytest.raises(h.UserError, match="out of memory") as caught:
+        h.fit(h.DistillLoss(cfg, student), train, valid)
+    assert caught.value is not None
+    assert kept[0]() is None
+
+
+def test_the_unused_cache_of_torch_is_free_memory(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3, 16))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 11)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 4)
+    assert h.free_memory(torch.device("cuda")) == 10
+
+
+@pytest.mark.parametrize(("free", "moves"), [(201, True), (199, False)])
+def test_images_are_on_the_gpu_for_the_block_where_they_fit(food, monkeypatch, free, moves):
+    class Images:
+        nbytes = 100
+        is_cuda = False
+
+        def to(self, device):
+            return f"on {device.type}"
+
+    loader = h.build_loaders(h.Config(image_size=64), h.find_data(food), torch.device("cpu"))[0]
+    on_the_host = Images()
+    loader.device = torch.device("cuda")
+    loader.images = on_the_host
+    loader.split = h.replace(loader.split, images=on_the_host)
+    monkeypatch.setattr(h, "free_memory", lambda device: free)
+    with h.images_on_gpu(loader, None):
+        assert (loader.images == "on cuda") is moves
+    assert loader.images is on_the_host
 
 
 # --- the final fit --------------------------------------------------------------------------------

@@ -335,3 +335,13 @@ def test_a_last_batch_too_small_to_share_joins_the_one_before(food):
     loader = boss_loader(food, batch_size=7)  # 22 = 7 + 7 + 7 + 1
     loader.world = 2
     assert [len(rows) for rows in loader.batches()] == [7, 7, 8]
+
+
+def test_a_step_needs_an_image_for_each_process(food, monkeypatch):
+    data = h.find_data(food)
+    cfg = h.Config(image_size=64, batch_size=4)
+    split = h.load_data(data, "training", "eval", 64)
+    monkeypatch.setattr(h, "rank_and_world", lambda: (0, 5))
+    with pytest.raises(h.UserError, match="a step has 4 images .* too few for 5 processes"):
+        h.BatchLoader(split, cfg, "cpu", train=True)
+    h.BatchLoader(split, cfg, "cpu", train=True, shared=False)

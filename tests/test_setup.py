@@ -240,6 +240,25 @@ def test_amp_asks_the_capability_not_the_emulation(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: (9, 0))
     assert h.amp_dtype(device) is torch.bfloat16
     assert h.amp_dtype(device, "off") is None
+    assert h.amp_dtype(device, "bf16") is torch.bfloat16
+
+
+def test_bf16_is_refused_where_it_is_emulated(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda d: "Tesla T4")
+    with pytest.raises(h.UserError, match="Tesla T4 has no bfloat16"):
+        h.amp_dtype(torch.device("cuda"), "bf16")
+    assert h.amp_dtype(torch.device("cpu"), "bf16") is torch.bfloat16
+
+
+def test_fp32_is_fp32_on_every_card(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch, "ones", lambda *shape, device: torch.zeros(shape))
+    assert h.pick_device() == torch.device("cuda", 0)
+    assert not torch.backends.cudnn.allow_tf32
 
 
 def test_a_gpu_that_runs_no_kernel_is_named(monkeypatch):

@@ -128,6 +128,39 @@ def test_the_scaler_unscales_before_clipping_and_steps_once(food):
     assert calls == ["scale", "unscale", "step", "update"]
 
 
+class Overflow(torch.autograd.Function):
+    """Logits whose gradient is infinite: no scale makes it finite."""
+
+    @staticmethod
+    def forward(ctx, logits):
+        return logits.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * math.inf
+
+
+class Overflowing(torch.nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, images):
+        return Overflow.apply(self.net(images))
+
+
+@pytest.mark.parametrize(("n_epochs", "epoch"), [(1, 1), (9, 2)])
+def test_fp16_gradients_that_are_never_finite_end_the_run(food, n_epochs, epoch):
+    """11 steps an epoch; the scaler may begin with some lost ones, 2^16 is halved 17 times."""
+    cfg = h.Config(image_size=40, batch_size=2, n_epochs=n_epochs, amp="fp16")
+    train, valid = h.build_loaders(cfg, h.find_data(food), torch.device("cpu"))
+    broken = h.DistillLoss(cfg, Overflowing(h.build_student(cfg)))
+    with pytest.raises(h.UserError, match=f"no fp16 gradient of epoch {epoch} is finite"):
+        h.fit(broken, train, valid)
+    if n_epochs == 1:
+        assert len(h.fit(h.DistillLoss(cfg, h.build_student(cfg)), train, valid)) == 1
+
+
 def test_evaluate_counts_every_image_once(food):
     loss_fn, _, _, valid = prepared(food)
     student = loss_fn.student

@@ -75,6 +75,7 @@ def measure(data, times, size):
         row = {"images": len(split), "decode": milliseconds_since(start, len(split))}
         cfg = h.get_config("boss", **DWPW, image_size=size)
         loader = h.BatchLoader(split, cfg, device, train=True)
+        loader.move_images()
         memory = private_memory()
         for epoch, name in enumerate(("views, first epoch", "views, second epoch")):
             loader.set_epoch(epoch)

@@ -97,6 +97,7 @@ def prepare(args, device):
     loss_fn = h.DistillLoss(cfg, h.build_student(cfg), teacher).on(device)
     split = h.load_data(data, "training", "whole", cfg.image_size)
     loader = h.BatchLoader(split, cfg, device, train=True)
+    loader.move_images()
     return data, h.TrainState(loss_fn), loader
 
 
