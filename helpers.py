@@ -2736,10 +2736,14 @@ def kd_variant(student_logits, labels, teacher_logits, alpha, temperature, **cha
 
 
 def kd_test_cases():
-    """Arguments to try a loss_fn_kd with: six made-up images, three alphas and temperatures."""
+    """Arguments to try a loss_fn_kd with: six made-up images, three alphas and temperatures.
+
+    They are on the device that trains: a loss may be right on one device and fail on another.
+    """
     generator = torch.Generator().manual_seed(0)
-    student, teacher = 3 * torch.randn(2, 6, NUM_CLASSES, generator=generator)
-    labels = torch.randint(NUM_CLASSES, (6,), generator=generator)
+    both = 3 * torch.randn(2, 6, NUM_CLASSES, generator=generator)
+    student, teacher = both.to(pick_device())
+    labels = torch.randint(NUM_CLASSES, (6,), generator=generator).to(pick_device())
     numbers = ((0.3, 4.0), (0.8, 2.0), (0.55, 3.0))
     return [(student, labels, teacher, alpha, t) for alpha, t in numbers]
 
