@@ -25,6 +25,21 @@ def test_the_sample_net_is_the_courses():
     assert net(torch.zeros(1, 3, 40, 40)).shape == (1, 11)
 
 
+def test_a_student_whose_operations_torch_cannot_count_has_none(monkeypatch, capsys):
+    """The number stands in a table only."""
+
+    class Uncountable(torch.nn.Linear):
+        def forward(self, x):
+            raise NotImplementedError("no count")
+
+    net = Uncountable(1, 1)
+    with pytest.raises(NotImplementedError):
+        h.count_macs(net, 64)
+    monkeypatch.delenv("HW13_STRICT")
+    assert math.isnan(h.count_macs(net, 64))
+    assert "no count" in capsys.readouterr().out
+
+
 def test_the_plain_dwpw_net_sits_at_the_teachers_feature_sizes():
     cfg = h.Config(student="dwpw")
     net, teacher = h.build_student(cfg), h.build_student(h.Config(student="resnet18"))
