@@ -4279,8 +4279,9 @@ def final_fit(validated, data, teacher=None, out=None, fresh=False, submit_it=Fa
             raise UserError(f"{name}: {what} is not that of {validated.name}: hand in the same")
     # It is a run of its own kind, which `evaluate` knows by this fact.
     stage.folder.facts["final"] = True
+    train, _ = stage.decode()  # first, for it may have moved on to other images
     stage.folder.fresh = fresh or has_moved_on(stage)
-    train_loader, _ = build_loaders(cfg, stage.data, stage.device)
+    train_loader = BatchLoader(train, cfg, stage.device, train=True)
     history = fit(stage.loss_fn, train_loader, None, stage.folder)
     if not is_finished(history, cfg):
         say(f"{name}: not finished, so no CSV is written; the same call goes on")

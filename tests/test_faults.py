@@ -444,6 +444,17 @@ def test_an_earlier_session_with_other_settings_is_ignored_and_said(kaggle, caps
     assert len(run.history) == 4
 
 
+def test_an_earlier_session_with_other_images_is_ignored_and_said(kaggle, capsys):
+    simple_stage(h.find_data())
+    end_session(kaggle, kaggle / "input/first")
+    picture = kaggle / "input/ml2023spring-hw13/training/4_1.jpg"
+    picture.write_bytes(picture.with_name("4_0.jpg").read_bytes())
+    simple_stage(h.find_data())
+    out = capsys.readouterr().out
+    assert "ignored: " in out
+    assert "the training images (they have changed)" in out
+
+
 # --- memory ---------------------------------------------------------------------------------------
 
 

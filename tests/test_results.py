@@ -125,6 +125,20 @@ def test_a_loop_by_hand_refuses_other_images_too(food, tmp_path):
         by_hand()
 
 
+def test_a_final_fit_of_other_images_is_made_again(food, tmp_path, capsys):
+    def final(fresh=False):
+        data = h.find_data(food)
+        (run,) = h.run(data, ["simple"], out=tmp_path, fresh=fresh, **SMALL)
+        capsys.readouterr()
+        assert h.final_fit(run, data, out=tmp_path)
+        return capsys.readouterr().out
+
+    final()
+    assert "finished before" in final()
+    draw_others(food / "training")
+    assert "simple_final: started again, for" in final(fresh=True)
+
+
 # --- the cache ------------------------------------------------------------------------------------
 
 
