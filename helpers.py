@@ -2444,6 +2444,7 @@ def kd_terms(student_logits, labels, teacher_logits, temperature):
 # A check asks an answer and its reference the same made-up questions. Where they differ it asks
 # wrong versions too, which a table of mistakes describes: {hint: what is changed in the right
 # version}. The mistake that gives what the answer gives is named; two at once are tried last.
+# What is asked is on the device that trains, for an answer may be right on one and fail on another.
 
 
 class WrongAnswer(Exception):
@@ -2598,6 +2599,7 @@ def soft_labels_variant(logits, temperature, **changes):
 def observe_soft_labels(function):
     """The soft labels of a batch, of one picture, and of logits so large that exp overflows."""
     logits = 3 * torch.randn(6, NUM_CLASSES, generator=torch.Generator().manual_seed(0))
+    logits = logits.to(pick_device())
     seen = []
     for case, temperature in ((logits, 4.0), (logits[0], 2.0), (300 * logits, 1.0)):
         try:
@@ -2741,10 +2743,7 @@ def kd_variant(student_logits, labels, teacher_logits, alpha, temperature, **cha
 
 
 def kd_test_cases():
-    """Arguments to try a loss_fn_kd with: six made-up images, three alphas and temperatures.
-
-    They are on the device that trains: a loss may be right on one device and fail on another.
-    """
+    """Arguments to try a loss_fn_kd with: six made-up images, three alphas and temperatures."""
     generator = torch.Generator().manual_seed(0)
     both = 3 * torch.randn(2, 6, NUM_CLASSES, generator=generator)
     student, teacher = both.to(pick_device())
@@ -2880,12 +2879,29 @@ def norm_and_activation(channels, number, choices):
     return layers
 
 
-def fill_with_numbers(model):
-    """Give a net's parameters values that depend on their order alone; returns the net."""
+def fill_with_numbers(parameters):
+    """Give parameters values that depend on their order alone."""
     generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator) / 3
-    return model
+    for parameter in parameters:
+        numbers = torch.randn(parameter.shape, generator=generator) / 3
+        parameter.data = numbers.to(parameter.device)
+
+
+def parameters_as_called(block, images):
+    """The parameters of a block in the order in which its layers are called."""
+    layers = []
+
+    def note(layer, inputs):
+        layers.append(layer)
+
+    with contextlib.ExitStack() as hooks:
+        for layer in block.modules():
+            hooks.enter_context(layer.register_forward_pre_hook(note))
+        block(images)
+    parameters = []
+    for layer in dict.fromkeys(layers):
+        parameters += layer.parameters(recurse=False)
+    return parameters
 
 
 def observe_block(function):
@@ -2897,7 +2913,8 @@ def observe_block(function):
         if not isinstance(block, nn.Module):
             raise WrongAnswer(f"it returns {kind_of(block)}, where a module is wanted")
         count = sum(parameter.numel() for parameter in block.parameters())
-        output = fill_with_numbers(block)(images).detach()
+        fill_with_numbers(parameters_as_called(block, images))
+        output = block(images).detach()
         seen += [torch.tensor(float(count)), torch.tensor(output.shape).float(), output]
     return seen
 
@@ -3063,14 +3080,15 @@ def observe_alignment(function):
     def maps(*sides):
         made = {}
         for number, side in enumerate(sides, 1):
-            made[f"layer{number}"] = torch.randn(2, 4, side, side, generator=generator)
+            drawn = torch.randn(2, 4, side, side, generator=generator)
+            made[f"layer{number}"] = drawn.to(pick_device())
         return made
 
     student_maps = maps(8, 4, 4, 2)  # of layer4, which has no weight, nothing may depend
     teacher_maps = maps(8, 8, 2, 2)
     weights = {"layer1": 3.0, "layer2": 2.0, "layer3": 0.5}
     adapters = nn.ModuleDict({layer: nn.Conv2d(4, 4, 1) for layer in weights})
-    fill_with_numbers(adapters)
+    fill_with_numbers(adapters.to(pick_device()).parameters())
     inputs = [student_maps[layer].requires_grad_() for layer in weights]
     inputs += adapters.parameters()
     value = function(student_maps, teacher_maps, weights, adapters)
@@ -3220,7 +3238,7 @@ class MadeUpBatches:
         for _ in range(len(self)):
             images = torch.randn(6, 3, 8, 8, generator=generator)
             labels = torch.randint(NUM_CLASSES, (6,), generator=generator)
-            yield Batch(images, labels)
+            yield Batch(images.to(pick_device()), labels.to(pick_device()))
 
 
 def observe_loop(function):
@@ -3234,7 +3252,7 @@ def observe_loop(function):
         GlobalAvgPool(),
         nn.Linear(4, NUM_CLASSES),
     )
-    fill_with_numbers(student).eval()
+    fill_with_numbers(student.to(pick_device()).eval().parameters())
     function(student, MadeUpBatches(), cfg)
     return [value.detach().float() for value in student.state_dict().values()]
 
@@ -6085,16 +6103,28 @@ def export_exercises(folder=None):
 
 
 def exercise_cells(cell):
-    """The cells that the exercises edition has in the place of one cell of the notebook."""
-    if cell.cell_type == "markdown":
-        return with_place_for_answer(cell)
-    if cell.source.startswith("%%"):  # this module
-        return [cell]
+    """The cells that the exercises edition has in the place of one cell of the notebook.
+
+    A cell says by itself what becomes of it: it shows the source of a function of an exercise, it
+    trains a stage, it folds an answer. Where that says nothing there is a mark in its metadata:
+    {"exercise": "training_loop"}, "views" (to be written after the cell), or "omit".
+    """
     kind = cell.metadata.pop("exercise", None)
+    if kind == "omit":
+        return []
     if kind == "views":
         return [cell, *views_exercise()]
     if kind:
         return code_exercise(kind, LOOP_HEAD, textwrap.indent(cell.source, "    "))
+    if cell.cell_type == "markdown":
+        return with_place_for_answer(cell)
+    if cell.source.startswith("%%"):  # this module
+        return [cell]
+    return learners_code(cell)
+
+
+def learners_code(cell):
+    """What a code cell without a mark becomes: an exercise, or itself with what a learner needs."""
     shown = re.fullmatch(r"h\.show_source\(h\.(\w+)\)", cell.source.strip())
     if shown and exercise_that_shows(shown[1]):
         name = exercise_that_shows(shown[1])

@@ -222,10 +222,11 @@ class Block(nn.Module):
     def __init__(self, in_channels, out_channels, kernel_size=3, stride=2, padding=1):
         super().__init__()
         size = (kernel_size, stride, padding)
-        self.depthwise = nn.Conv2d(in_channels, in_channels, *size, groups=in_channels)
-        self.norm = nn.BatchNorm2d(in_channels)
-        self.pointwise = nn.Conv2d(in_channels, out_channels, 1)
+        # Not in the order in which they are called.
         self.last_norm = nn.BatchNorm2d(out_channels)
+        self.pointwise = nn.Conv2d(in_channels, out_channels, 1)
+        self.norm = nn.BatchNorm2d(in_channels)
+        self.depthwise = nn.Conv2d(in_channels, in_channels, *size, groups=in_channels)
 
     def forward(self, x):
         x = F.leaky_relu(self.norm(self.depthwise(x)))
