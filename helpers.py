@@ -3581,7 +3581,7 @@ def fit(loss_fn, train_loader, valid_loader, folder=None):
             folder.add_contents("training", train_loader.dataset)
             folder.add_contents("validation", getattr(valid_loader, "dataset", None))
             folder.restore(state)
-        barrier()  # nobody may still be reading what the first process writes next
+        check_processes_agree(facts_of_training(loss_fn, train_loader, state.history, folder))
         views = None
         if isinstance(train_loader, BatchLoader):
             say(describe_run(cfg, train_loader))
@@ -3602,6 +3602,20 @@ def fit(loss_fn, train_loader, valid_loader, folder=None):
             )
         loss_fn.student.load_state_dict(state.best)
     return state.history
+
+
+def facts_of_training(loss_fn, loader, history, folder=None):
+    """What must be the same in all processes before they train together: {key: value}."""
+    facts = folder.facts if folder else run_facts(loss_fn)
+    steps = len(loader)
+    if isinstance(loader, BatchLoader):
+        steps = fingerprint([rows.tolist() for rows in loader.batches()])
+    together = {
+        "history": fingerprint(history),
+        "steps": steps,
+        "code": fingerprint(Path(__file__).read_text(encoding="utf-8")),
+    }
+    return {**facts["config"], **facts, **together}
 
 
 def train_epochs(state, train_loader, valid_loader, views, folder):
@@ -3747,9 +3761,12 @@ class RunFolder:
     def load(self):
         """The checkpoint to go on from, or None; no file is changed.
 
-        Where last.ckpt is damaged it is the save before it. Raises UserError where files are there
-        and none is whole, or where they are of a run with other settings.
+        Where last.ckpt is damaged it is the save before it. Only the first process looks, for
+        another machine has other files. Raises UserError where files are there and none is whole,
+        or where they are of a run with other settings.
         """
+        if not is_first_process():
+            return None
         saved, self.damaged = read_run(self.path)
         if saved is not None:
             self._refuse_other_settings(saved, self.path)
@@ -3758,22 +3775,17 @@ class RunFolder:
     def restore(self, state):
         """Bring a TrainState to where the run stopped, if it ever began.
 
-        On Kaggle to where the run of an attached input stopped, if that is later.
+        On Kaggle to where the run of an attached input stopped, if that is later. The first process
+        decides and hands its checkpoint to the others, so that no two can go on from two epochs.
         """
-        if self.fresh:
-            self.clear()
-            self.fresh = False
+        found = None
+        if is_first_process():
+            found = self._where_to_go_on()
+        found = from_first_process(found)
+        self.fresh = False
+        if found is None:
             return
-        saved = self.load()
-        place = self.path
-        for why in self.damaged.values():
-            say(f"WARNING: {why}; going on from {PREVIOUS}, the save before it")
-        for attached, folder in self._attached():
-            if saved is None or len(attached["history"]) > len(saved["history"]):
-                saved = attached
-                place = folder
-        if saved is None:
-            return
+        saved, place = found
         try:
             state.load_state_dict(saved)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -3791,6 +3803,23 @@ class RunFolder:
         if best >= 0:
             score = f" ({n} epochs, best validation accuracy {best:.4f})"
         say(f"{self.cfg.exp_name}: {what} from {place}{score}")
+
+    def _where_to_go_on(self):
+        """(checkpoint, its folder), or None where a run begins; with fresh=True it does."""
+        if self.fresh:
+            self.clear()
+            return None
+        saved = self.load()
+        place = self.path
+        for why in self.damaged.values():
+            say(f"WARNING: {why}; going on from {PREVIOUS}, the save before it")
+        for attached, folder in self._attached():
+            if saved is None or len(attached["history"]) > len(saved["history"]):
+                saved = attached
+                place = folder
+        if saved is None:
+            return None
+        return saved, place
 
     def save(self, state, last=True):
         """Write the run's files, from the first process; the others wait.
@@ -3811,10 +3840,8 @@ class RunFolder:
 
     def clear(self):
         """Forget the run: nothing goes on from here any more."""
-        if is_first_process():
-            for name in (LAST, PREVIOUS, BEST, RESULT):
-                (self.path / name).unlink(missing_ok=True)
-        barrier()
+        for name in (LAST, PREVIOUS, BEST, RESULT):
+            (self.path / name).unlink(missing_ok=True)
 
     def _put_damaged_aside(self):
         """Rename damaged files, so that the next save cannot keep one as its predecessor."""
@@ -4144,7 +4171,15 @@ def run(
         raise UserError(f"run wants each stage once, under a name of its own: {', '.join(names)}")
     for cfg in configs:  # before a teacher is trained for the demo set
         check_budget(build_student(cfg))
-    check_writable(out)
+    if is_first_process():
+        check_writable(out)
+    check_processes_agree(
+        {
+            "stages": names,
+            "images": fingerprint(data.ids, data.labels),
+            "teacher": bool(teacher_path or data.teacher_path),
+        }
+    )
     teacher = None
     if any(cfg.needs_teacher for cfg in configs):
         teacher = find_teacher(data, teacher_path, out, device, fresh)
@@ -4240,8 +4275,16 @@ def better_result(best):
     """(Result, path of its CSV) of a stage of an earlier call that is better than this call's best.
 
     None where none is. It lies in the same folder and has the same images; a better one that cannot
-    be compared is said.
+    be compared is said. The first process looks, for all.
     """
+    found = None
+    if is_first_process():
+        found = better_result_beside(best)
+    return from_first_process(found)
+
+
+def better_result_beside(best):
+    """What `better_result` returns, by the files of this process."""
     own = read_result(best.folder)
     to_beat = best.valid_acc
     found = None
@@ -4357,7 +4400,11 @@ def train_teacher(data, out=None, cfg=None, fresh=False):
         raise UserError(
             "the teacher is not finished, and a half-trained one must not teach: run again to go on"
         )
-    return folder.path / BEST
+    path = folder.path / BEST
+    if is_first_on_node() and not is_first_process():  # another machine, which has no file of it
+        save_checkpoint(copy_of_weights(loss_fn.student), path)
+    barrier()
+    return path
 
 
 def find_teacher(data, path=None, out=None, device="cpu", fresh=False):
@@ -5432,6 +5479,41 @@ def broadcast(tensor):
     """Give all processes the first one's tensor, in place."""
     if rank_and_world()[1] > 1:
         torch.distributed.broadcast(tensor, 0)
+
+
+def from_first_process(value):
+    """The first process's value in all processes; the value itself in a single one.
+
+    It may hold plain values and tensors on the CPU. It comes through the process group, so that
+    machines need no folder in common.
+    """
+    if rank_and_world()[1] == 1:
+        return value
+    handed = [value]
+    torch.distributed.broadcast_object_list(handed, 0)
+    return handed[0]
+
+
+def check_processes_agree(facts):
+    """Compare {key: JSON-able value} over all processes, which wait for each other here.
+
+    Raises UserError, in all of them, naming the first process that differs from process 0, and the
+    keys in which it does.
+    """
+    world = rank_and_world()[1]
+    if world == 1:
+        return
+    everyone = [None] * world
+    torch.distributed.all_gather_object(everyone, facts)
+    wanted = everyone[0]
+    for rank, theirs in enumerate(everyone):
+        keys = [key for key in {**wanted, **theirs} if wanted.get(key) != theirs.get(key)]
+        keys = [key for key in keys if key not in ("config", *BEHAVIOUR_KEYS)]
+        if keys:
+            raise UserError(
+                f"process {rank} differs from process 0 in {some_of(keys)}: "
+                "start all processes with the same files, settings and helpers.py"
+            )
 
 
 def data_parallel(loss_fn):

@@ -1,6 +1,9 @@
 """Two processes on two CPUs (gloo) against one."""
 
+import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 
@@ -111,3 +114,134 @@ def test_two_processes_go_on_exactly_where_two_stopped(food, teacher_file, tmp_p
     for name, value in whole["loss_fn"].items():
         assert torch.equal(cut["loss_fn"][name], value), name
     assert cut["history"] == whole["history"]
+
+
+def test_processes_that_differ_are_named_with_the_key():
+    result = torchrun(2, WORKER, "disagree")
+    assert result.returncode != 0
+    assert "process 1 differs from process 0 in lr: start all" in result.stderr
+
+
+def test_what_processes_compare_before_they_train(food):
+    cfg = h.Config(image_size=64, batch_size=4)
+    data = h.find_data(food)
+    train, _ = h.build_loaders(cfg, data, torch.device("cpu"))
+    loss_fn = h.DistillLoss(cfg, h.build_student(cfg))
+    facts = h.facts_of_training(loss_fn, train, [])
+    assert facts["lr"] == cfg.lr
+    assert facts == h.facts_of_training(loss_fn, train, [])
+
+    def different(*arguments):
+        others = h.facts_of_training(*arguments)
+        return [key for key in facts if others[key] != facts[key]]
+
+    assert different(loss_fn, train, [{"epoch": 1}]) == ["history"]
+    train.batch_size = 5
+    assert different(loss_fn, train, []) == ["steps"]
+
+
+# --- two machines ---------------------------------------------------------------------------------
+
+
+def two_machines(folder, script, arguments_of, first=0):
+    """Exit codes and outputs of two agents that share nothing; machine `first` has process 0.
+
+    Each works in folder/0 or folder/1, with data, cache and results of its own.
+    """
+    port = str(free_port())
+    agents = []
+    for machine in (0, 1):
+        place = folder / str(machine)
+        rank = str(int(machine != first))
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
+        launcher += ["--node-rank", rank, "--nproc-per-node", "1"]
+        launcher += ["--master-addr", "127.0.0.1", "--master-port", port]
+        environment = {"OMP_NUM_THREADS": "1", "HW13_CACHE": str(place / "cache")}
+        command = [*launcher, str(script), *map(str, arguments_of(place))]
+        agent = subprocess.Popen(
+            command,
+            env=os.environ | environment,
+            cwd=place,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        agents.append(agent)
+    outputs = [agent.communicate(timeout=120)[0] for agent in agents]
+    return [agent.returncode for agent in agents], outputs
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def machines(food, teacher_file, tmp_path):
+    """A folder with two copies of the data, one a machine."""
+    folder = tmp_path / "machines"
+    for machine in ("0", "1"):
+        shutil.copytree(food, folder / machine / "Food-11")
+        (folder / machine / "cache").mkdir()
+    return folder
+
+
+def a_run_of(n_epochs):
+    """The command line of a run in a machine's place, as a function of it."""
+
+    def arguments_of(place):
+        small_run = settings(image_size=64, batch_size=10, n_epochs=n_epochs, amp="off")
+        data = ["run", "--data", place / "Food-11", "--stages", "medium"]
+        return [*data, *small_run, "--out", place / "out"]
+
+    return arguments_of
+
+
+def files_in(folder):
+    return sorted(os.listdir(folder))
+
+
+def test_two_machines_with_nothing_in_common_leave_one_set_of_files(machines):
+    """A worker is killed in the middle; they go on; then the other machine is the first."""
+
+    def killed(place):
+        log = machines / "0/out/medium/log.csv"
+        return ["main_killed", log, *a_run_of(1000)(place)]
+
+    codes, outputs = two_machines(machines, WORKER, killed)
+    assert 0 not in codes, outputs
+    n = len(pd.read_csv(machines / "0/out/medium/log.csv"))
+    assert 3 <= n < 1000
+    assert not (machines / "1/out").exists()
+
+    # n_epochs of a constant schedule may grow, so the kill came in a run that was to end here.
+    shorten(machines / "0/out/medium", n)
+    codes, outputs = two_machines(machines, HELPERS, a_run_of(n + 1))
+    assert codes == [0, 0], outputs
+    assert f"goes on after epoch {n}" in outputs[0]
+    log = pd.read_csv(machines / "0/out/medium/log.csv")
+    assert log["epoch"].tolist() == list(range(1, n + 2))
+    assert files_in(machines / "0/out/medium") == FILES
+    assert h.validate_submission(machines / "0/out/submission.csv", 5) == 5
+    assert not (machines / "1/out").exists()
+
+    # The other machine has no run: it begins one, whatever lies on the one that is second now.
+    before = (machines / "0/out/medium/last.ckpt").read_bytes()
+    codes, outputs = two_machines(machines, HELPERS, a_run_of(n), first=1)
+    assert codes == [0, 0], outputs
+    assert files_in(machines / "1/out/medium") == FILES
+    other = pd.read_csv(machines / "1/out/medium/log.csv")
+    assert other["epoch"].tolist() == list(range(1, n + 1))
+    # The same run as the one that was killed and went on.
+    columns = ["train_loss", "valid_acc"]
+    assert other[columns].equals(log[columns][:n])
+    assert (machines / "0/out/medium/last.ckpt").read_bytes() == before
+
+
+def shorten(folder, n_epochs):
+    """Write into a run's checkpoint that it was to have so many epochs."""
+    last = torch.load(folder / "last.ckpt", weights_only=True)
+    facts = json.loads(last["facts"])
+    facts["config"]["n_epochs"] = n_epochs
+    torch.save(last | {"facts": json.dumps(facts)}, folder / "last.ckpt")
