@@ -5251,7 +5251,7 @@ def epoch_parts(cfg, loader, device, batches=3):
     try:
         with images_on_gpu(loader):
             return time_batches(cfg, loader, device, batches)
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         if not getattr(loader, "num_workers", 0):
             raise
         why = reason(error)
