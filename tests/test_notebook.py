@@ -82,6 +82,47 @@ def test_every_section_ends_in_something_to_look_at():
         assert kinds & {"image/png", "text/html"}, f"section {number} shows no picture or table"
 
 
+def section_that_shows(source):
+    """The number of the only section in which a code cell begins so."""
+    numbers = []
+    for number, cells in sections(COMMITTED).items():
+        if any(cell.cell_type == "code" and cell.source.startswith(source) for cell in cells):
+            numbers.append(number)
+    assert len(numbers) == 1, (source, numbers)
+    return numbers[0]
+
+
+def test_code_is_shown_where_it_can_be_understood():
+    assert section_that_shows("optimizer = torch.optim.Adam(") == 2  # the loop by hand
+    assert section_that_shows("h.show_source(h.DistillLoss.forward)") == 4
+    assert section_that_shows("h.show_source(h.feature_hooks)") == 6
+    assert section_that_shows("h.show_source(h.sample_affine)") == 7
+    source = "\n".join(cell.source for cell in code_cells(COMMITTED))
+    assert "h.train_one_epoch" not in source
+
+
+def test_every_section_has_a_recap_and_something_to_do():
+    for number, cells in sections(COMMITTED).items():
+        text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+        if 1 <= number <= 10:
+            assert "**Recap.**" in text, number
+            assert "**Exercise.**" in text or "**To think about.**" in text, number
+        # Every answer is folded, and every fold is closed.
+        assert text.count("<details>") == text.count("</details>")
+    exercises = [cell.source for cell in COMMITTED.cells if "**Exercise.**" in cell.source]
+    assert len(exercises) >= 8
+    for exercise in exercises:
+        assert "<summary>A solution</summary>\n\n```python\n" in exercise
+
+
+def test_the_contents_link_to_every_section():
+    links = re.findall(r"\]\(#([^)]*)\)", COMMITTED.cells[0].source)
+    headings = []
+    for cell in COMMITTED.cells:
+        headings += re.findall(r"^## (.*)$", cell.source, re.MULTILINE)
+    assert links == [heading.replace(" ", "-") for heading in headings]
+
+
 def test_shown_code_is_never_a_copy():
     source = "\n".join(cell.source for cell in code_cells(COMMITTED))
     assert "show_source(h.loss_fn_kd)" in source
