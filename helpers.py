@@ -2453,10 +2453,14 @@ class WrongAnswer(Exception):
 
 def same_tensors(given, wanted):
     """Whether two lists of tensors are equal but for rounding; NaN equals NaN."""
-    if [x.shape for x in given] != [y.shape for y in wanted]:
+    if len(given) != len(wanted):
         return False
-    pairs = zip(given, wanted, strict=True)
-    return all(torch.allclose(x, y, rtol=1e-3, atol=1e-4, equal_nan=True) for x, y in pairs)
+    for x, y in zip(given, wanted, strict=True):
+        if x.shape != y.shape:
+            return False
+        if not torch.allclose(x.float(), y.float(), rtol=1e-3, atol=1e-4, equal_nan=True):
+            return False
+    return True
 
 
 def mistakes_to_try(mistakes):
@@ -2622,7 +2626,7 @@ def check_soft_labels(answer):
 # The loss of distillation. The choices of the right version, and what a mistake makes of them.
 
 RIGHT_KD = {
-    "divergence": "KL(teacher || student)",
+    "kl_div": ("log p", "q"),  # its arguments; p is the student's distribution, q the teacher's
     "divisor": "batch",
     "sign": 1,
     "dim": 1,
@@ -2641,25 +2645,25 @@ RIGHT_KD = {
 KD_MISTAKES = {
     "student and teacher are swapped inside the KL. F.kl_div(log_p, q) computes KL(q || p): "
     "the student's logarithms come first, the teacher's probabilities second": {
-        "divergence": "KL(student || teacher)"
+        "kl_div": ("log q", "p")
     },
     "reduction='mean' divides by the classes too (11 times too small): use 'batchmean'": {
         "divisor": "batch and classes"
     },
     "reduction='sum' grows with the batch: use 'batchmean'": {"divisor": "nothing"},
     "F.kl_div wants log-probabilities of the student first: log_softmax, not softmax": {
-        "divergence": "kl_div(p, q)"
+        "kl_div": ("p", "q")
     },
     "F.kl_div wants the teacher's probabilities, not their logarithm": {
-        "divergence": "kl_div(log p, log q)"
+        "kl_div": ("log p", "log q")
     },
     "the arguments of F.kl_div are in the wrong order: "
     "the student's logarithms come first, the teacher's probabilities second": {
-        "divergence": "kl_div(q, log p)"
+        "kl_div": ("q", "log p")
     },
     "F.kl_div has the teacher's probabilities first and the student's second: "
     "it wants the student's logarithms first, the teacher's probabilities second": {
-        "divergence": "kl_div(q, p)"
+        "kl_div": ("q", "p")
     },
     "the soft loss has the wrong sign": {"sign": -1},
     "the soft loss is not multiplied by temperature ** 2": {"soft_power": 0},
@@ -2703,15 +2707,8 @@ def soft_variant(student_logits, teacher_logits, temperature, choices):
     """The soft loss as the choices have it."""
     log_p = F.log_softmax(student_logits / temperature**choices.student_power, choices.dim)
     log_q = F.log_softmax(teacher_logits / temperature**choices.teacher_power, choices.dim)
-    arguments = {
-        "KL(teacher || student)": (log_p, log_q.exp()),
-        "KL(student || teacher)": (log_q, log_p.exp()),
-        "kl_div(p, q)": (log_p.exp(), log_q.exp()),
-        "kl_div(log p, log q)": (log_p, log_q),
-        "kl_div(q, log p)": (log_q.exp(), log_p),
-        "kl_div(q, p)": (log_q.exp(), log_p.exp()),
-    }
-    first, second = arguments[choices.divergence]
+    distributions = {"log p": log_p, "p": log_p.exp(), "log q": log_q, "q": log_q.exp()}
+    first, second = (distributions[name] for name in choices.kl_div)
     total = choices.sign * F.kl_div(first, second, reduction="sum")
     divisors = {"batch": len(log_p), "batch and classes": log_p.numel(), "nothing": 1}
     return total / divisors[choices.divisor]
@@ -2731,9 +2728,11 @@ def kd_variant(student_logits, labels, teacher_logits, alpha, temperature, **cha
     """loss_fn_kd with some of RIGHT_KD changed."""
     choices = choices_of(RIGHT_KD, changes)
     if choices.swaps_numbers:
-        alpha, temperature = temperature, alpha
+        changes = changes | {"swaps_numbers": False}
+        return kd_variant(student_logits, labels, teacher_logits, temperature, alpha, **changes)
     if choices.swaps_nets:
-        student_logits, teacher_logits = teacher_logits, student_logits
+        changes = changes | {"swaps_nets": False}
+        return kd_variant(teacher_logits, labels, student_logits, alpha, temperature, **changes)
     soft_loss = soft_variant(student_logits, teacher_logits, temperature, choices)
     hard_loss = hard_variant(student_logits, labels, temperature, choices)
     weights = {"alpha": alpha, "1 - alpha": 1 - alpha, "1": 1, "0": 0}
@@ -2756,9 +2755,15 @@ def observe_kd(function):
     """(values, gradients for the student's logits) of a loss_fn_kd on the test cases."""
     values = []
     gradients = []
-    for student, *others in kd_test_cases():
+    for student, labels, teacher, alpha, temperature in kd_test_cases():
         student = student.requires_grad_()
-        value = function(student, *others)
+        given = teacher.clone()
+        value = function(student, labels, given, alpha, temperature)
+        if not torch.equal(given, teacher):
+            raise WrongAnswer(
+                "it changes teacher_logits in place, which others read: "
+                "write teacher_logits / temperature, not /="
+            )
         gradients += gradients_of(value, [student])
         values.append(value.detach().float())
     return values, gradients

@@ -153,6 +153,11 @@ def one_of_each(s, y, t, a, T):
     return a * kl(s, t, T, "batchmean") / 11 + (1 - a) * F.cross_entropy(s, y)
 
 
+def in_place(s, y, t, a, T):
+    t /= T
+    return a * T * T * kl(s / T, t, 1.0) + (1 - a) * F.cross_entropy(s, y)
+
+
 def swapped_and_unweighted(s, y, t, a, T):
     return a * T * T * kl(t, s, T) + F.cross_entropy(s, y)
 
@@ -161,6 +166,7 @@ BY_HAND = [
     (swapped_in_the_kl, ["swapped inside the KL"]),
     (wrong_order, ["arguments of F.kl_div are in the wrong order"]),
     (a_logarithm_too_many, ["not their logarithm"]),
+    (in_place, ["changes teacher_logits in place"]),
     (over_the_batch, ["over the batch (dim=0)"]),
     (detached_soft_loss, ["detached from its gradient"]),
     (one_of_each, ["11 times too small", "And: ", "not multiplied by temperature ** 2"]),
@@ -212,6 +218,7 @@ def test_soft_labels_by_hand(said):
     assert not verdict
     assert "nan" in text
     assert said(h.check_soft_labels, lambda z, t: (z / t).softmax(-1))[0]
+    assert said(h.check_soft_labels, lambda z, t: (z.double() / t).softmax(-1))[0]
     _, text = said(h.check_soft_labels, lambda z, t: (z / t).softmax(1))
     assert "dim=-1" in text
 
