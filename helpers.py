@@ -4710,9 +4710,13 @@ def stage_style(name):
 
 
 class AltTextFigure(plt.Figure):
-    """A Figure that a notebook shows with its title as the alt text, for who cannot see it."""
+    """A Figure that a notebook shows with an alt text: its title, and what it shows."""
 
-    alt_text = ""  # one line, which `new_figure` sets
+    alt_text = ""  # one line, which `new_figure` starts with the title and `describe` goes on with
+
+    def describe(self, text):
+        """Say after the title what the figure shows, for who cannot see it."""
+        self.alt_text = f"{self.alt_text}. {text}"
 
     def _repr_html_(self):
         return self._as_html(self._drawn())
@@ -4783,6 +4787,238 @@ def new_figure(title, rows=1, columns=1, width=8.0, height=3.2):
     figure.alt_text = " ".join(title.split())
     axes = figure.subplots(rows, columns, squeeze=False)
     return figure, axes
+
+
+# --- pictures of ideas ----------------------------------------------------------------------------
+
+STUDENT_COLOR = STAGE_STYLES["medium"][0]
+TEACHER_COLOR = STAGE_STYLES["teacher"][0]
+LOSS_COLOR = STAGE_STYLES["simple"][0]
+
+
+def new_diagram(title, height):
+    """(Figure, Axes) for a drawing: 10 units wide, 2 units an inch, the origin at the bottom left.
+
+    height: in units. Five inches and letters of 11 points stay readable 300 pixels wide.
+    """
+    figure, axes = new_figure(title, width=5, height=height / 2 + 0.3)
+    ax = axes[0, 0]
+    ax.set(xlim=(0, 10), ylim=(0, height))
+    ax.axis("off")
+    return figure, ax
+
+
+def draw_box(ax, center, text, color=TEACHER_COLOR, width=1.9, height=1.2, dashed=False):
+    """A box with a coloured frame around a text; center (x, y), width and height in units."""
+    x, y = center
+    corner = (x - width / 2, y - height / 2)
+    line = "--" if dashed else "-"
+    # A thin tint of the frame's colour inside, on which black letters can be read.
+    ax.add_patch(plt.Rectangle(corner, width, height, color=color, alpha=0.15, lw=0))
+    ax.add_patch(plt.Rectangle(corner, width, height, fill=False, ec=color, ls=line, lw=2))
+    ax.text(x, y, text, ha="center", va="center", fontsize=11)
+
+
+def draw_arrow(ax, start, end, bend=0.0):
+    """An arrow from a point to another; bend: how far it swings out, as a part of its length."""
+    style = {"arrowstyle": "-|>", "lw": 1.5, "color": "#555555"}
+    style["connectionstyle"] = f"arc3,rad={bend}"
+    ax.annotate("", xy=end, xytext=start, arrowprops={**style, "shrinkA": 0, "shrinkB": 0})
+
+
+@illustration()
+def plot_kd_diagram():
+    """Knowledge distillation: one view, both nets, their softened answers and the two losses."""
+    figure, ax = new_diagram("knowledge distillation", 6)
+    draw_box(ax, (0.9, 3.6), "one view", width=1.7)
+    draw_box(ax, (3.5, 5.2), "teacher\n(frozen)", dashed=True)
+    draw_box(ax, (3.5, 3.0), "student", STUDENT_COLOR)
+    draw_box(ax, (6.2, 5.2), "softmax\nof z / T")
+    draw_box(ax, (6.2, 3.0), "softmax\nof z / T", STUDENT_COLOR)
+    draw_box(ax, (3.5, 0.7), "label")
+    draw_box(ax, (8.9, 4.1), "α T² KL", LOSS_COLOR)
+    draw_box(ax, (8.9, 0.7), "(1 – α) CE", LOSS_COLOR)
+    # Both nets get the same view.
+    draw_arrow(ax, (1.75, 4.0), (2.55, 5.0))
+    draw_arrow(ax, (1.75, 3.4), (2.55, 3.0))
+    for y in (5.2, 3.0):
+        draw_arrow(ax, (4.45, y), (5.25, y))
+    draw_arrow(ax, (7.15, 5.2), (7.95, 4.4))
+    draw_arrow(ax, (7.15, 3.0), (7.95, 3.8))
+    # Cross-entropy takes the student's logits as they are, T = 1.
+    draw_arrow(ax, (4.45, 2.6), (7.95, 1.1))
+    draw_arrow(ax, (4.45, 0.7), (7.95, 0.7))
+    figure.describe(
+        "One view of an image goes to the frozen teacher and to the student. The logits of both "
+        "are divided by T and go through a softmax; KL compares them, weighted by alpha T squared. "
+        "The student's plain logits meet the label in cross-entropy, weighted by 1 - alpha."
+    )
+    return figure
+
+
+def draw_channels(ax, x, color, n=4):
+    """A column of squares, each of them a channel."""
+    ax.plot([x] * n, range(n), "s", color=color, markersize=15, clip_on=False)
+
+
+def draw_links(ax, x, to_x, pairs, width):
+    """Lines between the channels of two columns; pairs: (from, to)."""
+    for start, end in pairs:
+        ax.plot([x, to_x], [start, end], color="#555555", lw=width, zorder=0)
+
+
+@illustration()
+def plot_convolutions(in_channels=128, out_channels=256):
+    """What sees what in a full 3x3 convolution and in depthwise + pointwise, and their weights."""
+    weights = dwpw_arithmetic(in_channels, out_channels)["weights"]
+    full = weights["full convolution"]
+    split = weights["depthwise + pointwise"]
+    title = f"{in_channels} channels to {out_channels}"
+    figure, axes = new_figure(title, columns=2, width=5, height=3)
+    every_pair = list(itertools.product(range(4), range(4)))
+    same_channel = [(channel, channel) for channel in range(4)]
+    left, right = axes[0]
+
+    draw_links(left, 0, 1, every_pair, 3.0)  # thick: 3x3 = 9 weights a line
+    left.set_title(f"full 3x3:\n{full:,} weights", fontsize=11)
+    for x in (0, 1):
+        draw_channels(left, x, LOSS_COLOR)
+
+    draw_links(right, 0, 1, same_channel, 3.0)
+    draw_links(right, 1, 2, every_pair, 0.8)  # thin: one weight a line
+    right.set_title(f"3x3, then 1x1:\n{split:,} weights", fontsize=11)
+    for x in (0, 1, 2):
+        draw_channels(right, x, STAGE_STYLES["strong"][0])
+    for ax in (left, right):
+        ax.margins(0.15)
+        ax.axis("off")
+    figure.describe(
+        "Left, a full 3x3 convolution: every output channel sees every input channel through nine "
+        f"weights, {full:,} in all. Right: each channel goes through a 3x3 filter of its own, then "
+        f"a 1x1 convolution mixes them, one weight a pair: {split:,} weights, {split / full:.0%}."
+    )
+    return figure
+
+
+@illustration()
+def plot_inverted_residual(channels=32, expansion=3, kernel_size=3):
+    """The channels of an inverted residual from its input to its output, and where its weights are.
+
+    The counts are those of an InvertedResidual, batch norms included.
+    """
+    block = InvertedResidual(channels, channels, kernel_size, expansion=expansion)
+    wide = channels * expansion
+    figure, ax = new_diagram("an inverted residual", 6.4)
+    color = STAGE_STYLES["strong"][0]
+    # As high as there are channels.
+    for x, width, height in (
+        (0.8, channels, 1),
+        (3.6, wide, 3),
+        (6.4, wide, 3),
+        (9.2, channels, 1),
+    ):
+        draw_box(ax, (x, 3.2), str(width), color, width=0.9, height=height)
+    parts = []
+    for x, name in ((2.2, "expand"), (5.0, "depthwise"), (7.8, "project")):
+        layer = getattr(block, name)
+        size = layer[0].kernel_size[0]
+        count = sum(weight.numel() for weight in layer.parameters())
+        draw_arrow(ax, (x - 0.95, 3.2), (x + 0.95, 3.2))
+        ax.text(x, 0.9, f"{name}\n{size}x{size}\n{count:,}", ha="center", va="center", fontsize=11)
+        parts.append(f"{name} {size}x{size}, {count:,} parameters")
+    draw_arrow(ax, (0.8, 3.7), (9.2, 3.7), bend=-0.36)
+    ax.text(5.0, 6.0, "shortcut: + input", ha="center", va="center", fontsize=11)
+    figure.describe(
+        f"{channels} channels are widened to {wide}, filtered one by one, and narrowed again to "
+        f"{channels}; a shortcut adds the input to the output. {'; '.join(parts)}."
+    )
+    return figure
+
+
+@illustration()
+def plot_alignment_diagram(cfg=None):
+    """How layers are compared: the student's map, its adapter, and the teacher's map, by layer.
+
+    cfg: the stage whose layers and weights are drawn; Boss without one.
+    """
+    layers = (cfg or BOSS).aligned_layers  # {layer: weight}
+    figure, ax = new_diagram("alignment", 2 * len(layers) + 0.8)
+    top = 2 * len(layers)
+    ax.text(0.9, top + 0.3, "student", ha="center", fontsize=11)
+    ax.text(9.1, top + 0.3, "teacher", ha="center", fontsize=11)
+    for row, (layer, weight) in enumerate(layers.items()):
+        y = top - 0.9 - 2 * row
+        draw_box(ax, (0.9, y), layer, STUDENT_COLOR, width=1.6)
+        draw_box(ax, (3.7, y), "pool,\n1x1 adapter", STAGE_STYLES["boss"][0], width=2.5)
+        draw_box(ax, (6.6, y), f"{weight:g} x\nsmooth L1", LOSS_COLOR, width=2.1)
+        draw_box(ax, (9.1, y), layer, width=1.6, dashed=True)
+        draw_arrow(ax, (1.7, y), (2.45, y))
+        draw_arrow(ax, (4.95, y), (5.55, y))
+        draw_arrow(ax, (8.3, y), (7.65, y))
+        if row > 0:  # each net computes this layer from the one above
+            for x in (0.9, 9.1):
+                draw_arrow(ax, (x, y + 1.4), (x, y + 0.6))
+    weights = ", ".join(f"{layer} {weight:g}" for layer, weight in layers.items())
+    figure.describe(
+        "In each layer the larger of two maps is averaged down, a 1x1 adapter brings the student's "
+        "to the teacher's width, and smooth L1 compares it with the teacher's. "
+        f"Weights: {weights}."
+    )
+    return figure
+
+
+# Name, colour and line of each term of the loss.
+TERM_STYLES = {
+    "ce": ("CE", LOSS_COLOR, "-"),
+    "kl": ("T² KL", STUDENT_COLOR, "--"),
+    "align": ("alignment", STAGE_STYLES["boss"][0], ":"),
+}
+
+
+def weights_by_epoch(cfg, epochs):
+    """A DataFrame of what multiplies each term of the loss, a row for each of the epochs (from 1).
+
+    The columns are those of log.csv: ce, kl (T^2 KL) and align.
+    """
+    rows = []
+    for epoch in epochs:
+        kd, alpha, align = loss_weights(cfg, epoch / cfg.n_epochs)
+        rows.append({"ce": kd * (1 - alpha), "kl": kd * alpha, "align": align})
+    return pd.DataFrame(rows, index=pd.Index(epochs, name="epoch"))
+
+
+@illustration()
+def plot_loss_terms(run):
+    """The weights of a Run's loss terms over its epochs, and below what each adds to the loss.
+
+    The weights are those of this module's `loss_weights`.
+    """
+    history = run.history.set_index("epoch")
+    loss = history["train_loss"]
+    weights = weights_by_epoch(run.cfg, history.index)
+    figure, axes = new_figure(f"loss of {run.name}: {run.origin}", 2, 1, 5, 5)
+    upper, lower = axes[:, 0]
+    changes = []
+    for term, (name, color, line) in TERM_STYLES.items():
+        # What a stage's loss does not need is not in its log, or empty there.
+        if term not in history or history[term].isna().all():
+            continue
+        upper.plot(weights[term], ls=line, color=color, lw=2.5, label=name)
+        lower.plot(weights[term] * history[term], ls=line, color=color, lw=2.5, label=name)
+        changes.append(f"{name} from {weights[term].iloc[0]:.2g} to {weights[term].iloc[-1]:.2g}")
+    lower.plot(loss, color=TEACHER_COLOR, lw=1, label="the loss")
+    upper.set_ylabel("weight", fontsize=11)
+    lower.set_ylabel("weight x term", fontsize=11)
+    lower.set_xlabel("epoch", fontsize=11)
+    lower.legend(fontsize=11, ncols=2, loc="upper center", bbox_to_anchor=(0.45, -0.3))
+    figure.describe(
+        f"The training loss goes from {loss.iloc[0]:.2f} to {loss.iloc[-1]:.2f}; its lowest value "
+        f"is {loss.min():.2f}, in epoch {loss.idxmin()}. Weights: {', '.join(changes)}."
+    )
+    return figure
+
+
+# --- pictures of data -----------------------------------------------------------------------------
 
 
 def draw_picture(ax, image, title=""):

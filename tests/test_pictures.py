@@ -89,6 +89,56 @@ def test_each_picture_is_a_figure_that_names_its_data_also_to_who_cannot_see_it(
     assert plt.get_fignums() == []
 
 
+def test_each_picture_of_an_idea_says_what_it_shows():
+    assert "KL compares them" in h.plot_kd_diagram().alt_text
+    assert "smooth L1" in h.plot_alignment_diagram().alt_text
+    assert "layer1 3, layer2 2, layer3 1" in h.plot_alignment_diagram().alt_text
+
+
+def test_the_weights_in_the_picture_of_convolutions_are_those_of_layers():
+    full = torch.nn.Conv2d(8, 16, 3, bias=False)
+    split = [torch.nn.Conv2d(8, 8, 3, groups=8, bias=False), torch.nn.Conv2d(8, 16, 1, bias=False)]
+    left, right = h.plot_convolutions(8, 16).axes
+    assert f"{full.weight.numel():,} weights" in left.get_title()
+    assert f"{sum(layer.weight.numel() for layer in split)} weights" in right.get_title()
+
+
+def test_the_counts_in_the_picture_of_the_inverted_residual_make_up_the_block():
+    alt_text = h.plot_inverted_residual(16, 4, 5).alt_text
+    counts = re.findall(r"([\d,]+) parameters", alt_text)
+    block = h.InvertedResidual(16, 16, 5, expansion=4)
+    assert sum(int(count.replace(",", "")) for count in counts) == count_parameters(block)
+    assert "widened to 64" in alt_text
+    assert "depthwise 5x5" in alt_text
+
+
+def test_the_parts_in_the_picture_of_the_loss_make_up_the_loss_that_was_trained(food, tiny):
+    """Boss's training loss of each epoch is the sum of the three lines drawn below it."""
+    data = h.find_data(food)
+    cfg = h.get_config("boss", **{**tiny, "n_epochs": 2})
+    student = h.build_student(cfg)
+    loss_fn = h.DistillLoss(cfg, student, h.build_student(h.TEACHER_CONFIG))
+    history = h.fit(loss_fn, h.build_loaders(cfg, data, torch.device("cpu"))[0], None)
+    run = a_run(food, data.origin, student)
+    run.cfg = cfg
+    run.history = pd.DataFrame(history)
+    figure = h.plot_loss_terms(run)
+    parts = {line.get_label(): line.get_ydata() for line in figure.axes[1].lines}
+    loss = parts.pop("the loss")
+    assert list(parts) == ["CE", "T² KL", "alignment"]
+    assert sum(parts.values()) == pytest.approx(loss, rel=1e-4)
+    assert "T² KL from 1.9 to 0" in figure.alt_text
+
+
+def test_the_picture_of_a_loss_of_labels_alone_has_one_term(food, tiny):
+    run = a_run(food, "x", None)
+    run.cfg = h.get_config("simple", **tiny)
+    run.history["ce"] = [2.0, 1.0]
+    run.history["align"] = float("nan")
+    lines = h.plot_loss_terms(run).axes[0].lines
+    assert [line.get_label() for line in lines] == ["CE"]
+
+
 def a_figure():
     return h.plot_lines(pd.DataFrame({"a": [1, 2]}, [0, 1]), "two <lines>\nof text", "y")
 
