@@ -267,18 +267,16 @@ def test_epoch_parts_tell_waiting_from_training(tiny):
     assert parts["training on them"] > 0
 
 
-def without_shared_memory(samples):
-    """A collate_fn that fails as torch's does in a worker whose /dev/shm is full."""
-    if torch.utils.data.get_worker_info():
+def test_workers_without_shared_memory_are_timed_over_pipes(tiny, monkeypatch, capsys):
+    """torch's own collating fails, as it does in a worker whose /dev/shm is full."""
+
+    def without_shared_memory(samples):
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>")
-    return torch.utils.data.default_collate(samples)
 
-
-def test_workers_without_shared_memory_are_timed_over_pipes(tiny, capsys):
-    cfg = h.get_config("boss", **tiny)
+    monkeypatch.setattr("torch.utils.data._utils.collate.default_collate", without_shared_memory)
     dataset = TensorDataset(torch.randn(8, 3, 64, 64), torch.arange(8))
-    loader = DataLoader(dataset, 4, num_workers=1, collate_fn=without_shared_memory)
-    parts = h.epoch_parts(cfg, loader, torch.device("cpu"))
+    loader = DataLoader(dataset, 4, num_workers=1)
+    parts = h.epoch_parts(h.get_config("boss", **tiny), loader, torch.device("cpu"))
     assert parts["waiting for pictures"] > 0
     assert parts["training on them"] > 0
     out = capsys.readouterr().out
