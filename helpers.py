@@ -4252,19 +4252,19 @@ Result = namedtuple("Result", "name valid_acc n_valid epochs finished images csv
 
 def write_result(run, evaluation):
     """Write a Run's Result into its folder. evaluation: the Split that its CSV answers."""
+    if not is_first_process():
+        return
     images = [run.facts.get(fact) for fact in DATA_FACTS]
-    if is_first_process():
-        result = Result(
-            name=run.name,
-            valid_acc=run.valid_acc,
-            n_valid=run.n_valid,
-            epochs=len(run.history),
-            finished=run.finished,
-            images=fingerprint(images, evaluation.ids, evaluation.contents),
-            csv=fingerprint(run.csv.read_text()),
-        )
-        write_text(run.folder / RESULT, json.dumps(result._asdict(), indent=1) + "\n")
-    barrier()  # all processes read it
+    result = Result(
+        name=run.name,
+        valid_acc=run.valid_acc,
+        n_valid=run.n_valid,
+        epochs=len(run.history),
+        finished=run.finished,
+        images=fingerprint(images, evaluation.ids, evaluation.contents),
+        csv=fingerprint(run.csv.read_text()),
+    )
+    write_text(run.folder / RESULT, json.dumps(result._asdict(), indent=1) + "\n")
 
 
 def read_result(folder):
