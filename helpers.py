@@ -58,6 +58,8 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 import torchvision
+from matplotlib.text import Text
+from matplotlib.ticker import LogFormatter
 from PIL import Image, ImageColor, ImageDraw, ImageFile, ImageOps
 from torch import nn
 from torch.nn.utils import prune
@@ -155,8 +157,10 @@ def show_source(function):
     from IPython.display import HTML, Code
 
     code = Code(inspect.getsource(function), language="python")
-    # nbconvert lets <pre> in an output inherit its font, so the font is named around it.
-    return HTML(f'<div style="font-family:monospace">{code._repr_html_()}</div>')
+    # nbconvert lets <pre> in an output inherit its font, so the font is named around it, and breaks
+    # lines inside words; a long line is scrolled to instead.
+    page = code._repr_html_().replace("<pre>", '<pre style="white-space:pre;word-break:normal">')
+    return HTML(f'<div style="font-family:monospace;overflow-x:auto">{page}</div>')
 
 
 # ==================================================================================================
@@ -3550,8 +3554,11 @@ def evaluate(model, loader):
 
 
 def standard_error(accuracy, n):
-    """sqrt(p (1 - p) / n): what an accuracy over n images is uncertain by."""
-    return math.sqrt(accuracy * (1 - accuracy) / n)
+    """sqrt(p (1 - p) / n): what an accuracy over n images is uncertain by.
+
+    Numbers, or Series and DataFrames of them.
+    """
+    return (accuracy * (1 - accuracy) / n) ** 0.5
 
 
 def plus_minus(accuracy, n):
@@ -4691,22 +4698,22 @@ def download_link(path):
 # ==================================================================================================
 
 # Okabe and Ito's palette, which colour-blind readers and grey print keep apart; a stage keeps its
-# colour and marker.
+# colour, marker and line.
 STAGE_STYLES = {
-    "simple": ("#E69F00", "o"),
-    "medium": ("#56B4E9", "s"),
-    "strong": ("#009E73", "^"),
-    "boss": ("#CC79A7", "D"),
-    "beyond": ("#D55E00", "v"),
-    "teacher": ("#000000", "*"),
+    "simple": ("#E69F00", "o", "-"),
+    "medium": ("#56B4E9", "s", "--"),
+    "strong": ("#009E73", "^", "-."),
+    "boss": ("#CC79A7", "D", ":"),
+    "beyond": ("#D55E00", "v", (0, (6, 1, 1, 1, 1, 1))),  # a dash and two dots
+    "teacher": ("#000000", "*", "-"),
 }
-UNKNOWN_STAGE_STYLE = ("#777777", "x")
+UNKNOWN_STAGE_STYLE = ("#777777", "x", "-")
 
 
 def stage_style(name):
-    """{"color", "marker"} of a stage, grey for an unknown one."""
-    color, marker = STAGE_STYLES.get(name, UNKNOWN_STAGE_STYLE)
-    return {"color": color, "marker": marker}
+    """{"color", "marker", "ls"} of a stage, grey for an unknown one."""
+    color, marker, line = STAGE_STYLES.get(name, UNKNOWN_STAGE_STYLE)
+    return {"color": color, "marker": marker, "ls": line}
 
 
 class AltTextFigure(plt.Figure):
@@ -4753,7 +4760,19 @@ class AltTextFigure(plt.Figure):
         else:
             source = "data:image/png;base64," + png_of_few_colours(picture)
         alt_text = html.escape(self.alt_text)
-        return f'<img alt="{alt_text}" style="max-width:100%" src="{source}">'
+        # On a narrow screen it shrinks until its letters are 9 pixels high, and then scrolls.
+        width = math.ceil(picture.width * min(1, 9 / self.smallest_letters()))
+        style = f"max-width:100%;min-width:{width}px"
+        image = f'<img alt="{alt_text}" style="{style}" src="{source}">'
+        return f'<div style="overflow-x:auto">{image}</div>'
+
+    def smallest_letters(self):
+        """The size of its smallest text in pixels."""
+        points = 12.0
+        for text in self.findobj(Text):
+            if text.get_visible() and text.get_text():
+                points = min(points, text.get_fontsize())
+        return points * self.dpi / 72  # a point is 1/72 inch
 
 
 def can_write_webp():
@@ -4803,7 +4822,7 @@ def new_diagram(title, height):
     """
     figure, axes = new_figure(title, width=5, height=height / 2 + 0.3)
     ax = axes[0, 0]
-    ax.set(xlim=(0, 10), ylim=(0, height))
+    ax.set(xlim=(0, 10), ylim=(0, height), xticks=[], yticks=[])
     ax.axis("off")
     return figure, ax
 
@@ -4891,6 +4910,7 @@ def plot_convolutions(in_channels=128, out_channels=256):
         draw_channels(right, x, STAGE_STYLES["strong"][0])
     for ax in (left, right):
         ax.margins(0.15)
+        ax.set(xticks=[], yticks=[])
         ax.axis("off")
     figure.describe(
         "Left, a full 3x3 convolution: every output channel sees every input channel through nine "
@@ -5029,7 +5049,7 @@ def draw_picture(ax, image, title=""):
     if image.ndim == 3:
         image = image.movedim(0, -1)  # (H, W, 3), as matplotlib wants it
     ax.imshow(image.numpy())
-    ax.set_title(title, fontsize=8)
+    ax.set_title(title, fontsize=9)
     ax.axis("off")
 
 
@@ -5102,24 +5122,37 @@ def plot_epoch_parts(parts, origin):
     ax.bar_label(ax.containers[-1], totals, padding=3)
     ax.invert_yaxis()  # the first loader on top
     ax.margins(x=0.12)
-    ax.legend(loc="upper center", bbox_to_anchor=(0.4, -0.12), ncols=2, frameon=False, fontsize=8)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.4, -0.12), ncols=2, frameon=False, fontsize=9)
     return figure
 
 
 @illustration()
-def plot_lines(frame, title, ylabel, **axes_settings):
+def plot_lines(frame, title, ylabel, errors=None, **axes_settings):
     """Each column of a DataFrame as a line over its index.
 
+    errors: a Series for all columns or a DataFrame of the same columns, drawn as bars of +- one.
     axes_settings are set on the axes (xscale="log", ...).
     """
     figure, axes = new_figure(title, width=7)
     ax = axes[0, 0]
-    frame.plot(ax=ax, style=["o-", "s-", "D-", "^-", "v-"], markersize=5)
-    ax.set(ylabel=ylabel, **axes_settings)
+    if isinstance(errors, pd.Series):
+        errors = pd.DataFrame(dict.fromkeys(frame, errors))
+    parts = []
+    for column, style in zip(frame, itertools.cycle(["o-", "s--", "D-.", "^:", "v-"])):
+        values = frame[column]
+        ax.plot(values.index, values, style, markersize=5, label=column)
+        if errors is not None:
+            color = ax.lines[-1].get_color()
+            ax.errorbar(values.index, values, errors[column], ls="", color=color, capsize=4)
+        parts.append(f"{column} {', '.join(f'{value:.3g}' for value in values)}")
+    ax.set(xlabel=frame.index.name, ylabel=ylabel, **axes_settings)
+    if ax.get_yscale() == "log":
+        plain_numbers(ax.yaxis)
     # A tick at each value that was measured, also on a logarithmic scale.
     tick_labels = [f"{x:g}" for x in frame.index]
     ax.set_xticks(frame.index, tick_labels, minor=False)
-    ax.legend(fontsize=8)
+    ax.legend(fontsize=9)
+    figure.describe(f"{ylabel} at {', '.join(tick_labels)}: {'; '.join(parts)}.")
     return figure
 
 
@@ -5166,22 +5199,32 @@ def plot_attention(images, nets, layer, origin):
 
 
 @illustration()
-def plot_soft_labels(logits, image, temperatures, origin, soft_labels=soft_labels):
-    """One picture and what the teacher's logits (11,) become at several temperatures.
+def plot_soft_labels(logits, images, temperatures, origin, soft_labels=soft_labels):
+    """Pictures and what the teacher's logits become at several temperatures, a row a picture.
 
+    logits (n, 11) and images (n, 3, S, S), or those of one picture, (11,) and (3, S, S).
     soft_labels: your own in place of this module's.
     """
+    logits = logits.reshape(-1, NUM_CLASSES)
+    images = images.reshape(-1, *images.shape[-3:])
     title = f"the teacher's soft labels: {origin}"
-    figure, axes = new_figure(title, 1, len(temperatures) + 1, 11, 3.4)
-    draw_picture(axes[0, 0], image)
+    rows = len(logits)
+    figure, axes = new_figure(title, rows, len(temperatures) + 1, 11, 0.5 + 2.9 * rows)
     color = stage_style("teacher")["color"]
-    for column, temperature in enumerate(temperatures, 1):
-        ax = axes[0, column]
-        ax.barh(CLASS_NAMES, soft_labels(logits, temperature).tolist(), color=color)
-        ax.set(xlim=(0, 1), title=f"T = {temperature:g}")
-        ax.invert_yaxis()  # the first class on top
-        # The class names stand once, left of the first chart.
-        ax.tick_params(labelsize=8, labelleft=column == 1)
+    for row in range(rows):
+        draw_picture(axes[row, 0], images[row])
+        heights = []  # of the longest bar, by temperature
+        for column, temperature in enumerate(temperatures, 1):
+            ax = axes[row, column]
+            probabilities = soft_labels(logits[row], temperature)
+            ax.barh(CLASS_NAMES, probabilities.tolist(), color=color)
+            ax.set(xlim=(0, 1), title=f"T = {temperature:g}")
+            ax.invert_yaxis()  # the first class on top
+            # The class names stand once, left of the first chart.
+            ax.tick_params(labelsize=9, labelleft=column == 1)
+            heights.append(f"{probabilities.max():.2f} at T = {temperature:g}")
+        name = CLASS_NAMES[logits[row].argmax()]
+        figure.describe(f"Picture {row + 1}: {name} has {', '.join(heights)}")
     return figure
 
 
@@ -5189,27 +5232,54 @@ def plot_soft_labels(logits, image, temperatures, origin, soft_labels=soft_label
 def plot_history(runs, published=None):
     """Training loss and validation accuracy by epoch of several Runs.
 
-    published: {name: score}, which become dashed lines.
+    The bar at each best epoch is +- one standard error. published: {name: score}, which become
+    thin lines.
     """
     names = ", ".join(run.name for run in runs)
     title = f"learning curves of {names}: {runs[0].origin}"
     figure, axes = new_figure(title, 1, 2, 10, 3.6)
     loss_ax, accuracy_ax = axes[0]
+    best = []
     for run in runs:
-        style = stage_style(run.name)
-        style["markersize"] = 4
-        style["linewidth"] = 1.4
-        history = run.history
-        loss_ax.plot(history["epoch"], history["train_loss"], label=run.name, **style)
-        accuracy_ax.plot(history["epoch"], history["valid_acc"], label=run.name, **style)
+        draw_history(loss_ax, run, "train_loss")
+        draw_history(accuracy_ax, run, "valid_acc")
+        draw_best(accuracy_ax, run)
+        best.append(f"{run.name} {plus_minus(run.valid_acc, run.n_valid)}")
     for name, score in (published or {}).items():
         color = stage_style(name)["color"]
-        accuracy_ax.axhline(score, ls="--", lw=1, color=color, label=f"{name}, published")
+        accuracy_ax.axhline(score, ls="-", lw=0.8, color=color, label=f"{name}, published")
     # Losses of different kinds are not comparable, hence the hint in the label.
     loss_ax.set(xlabel="epoch", ylabel="training loss (each stage its own)", yscale="log")
     accuracy_ax.set(xlabel="epoch", ylabel="validation accuracy")
-    accuracy_ax.legend(fontsize=8)
+    plain_numbers(loss_ax.yaxis)
+    accuracy_ax.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    figure.describe(f"Best validation accuracy: {', '.join(best)}.")
     return figure
+
+
+def plain_numbers(axis):
+    """Label a logarithmic axis with 0.4 and 20, not with powers of ten, whose letters are small."""
+    axis.set_major_formatter(LogFormatter())
+    axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+
+
+def draw_history(ax, run, column):
+    """Draw a column of a Run's history over its epochs."""
+    history = run.history
+    some = max(1, len(history) // 8)  # a marker at each epoch would hide the line
+    style = {**stage_style(run.name), "markersize": 5, "markevery": some, "lw": 1.6}
+    ax.plot(history["epoch"], history[column], label=run.name, **style)
+
+
+def draw_best(ax, run):
+    """Draw a Run's accuracy at its best epoch with a bar of +- one standard error."""
+    scores = run.history["valid_acc"]
+    if scores.empty:
+        return
+    epoch = run.history["epoch"][scores.idxmax()]
+    error = standard_error(run.valid_acc, run.n_valid)
+    color = stage_style(run.name)["color"]
+    ax.errorbar([epoch], [run.valid_acc], [error], color=color, capsize=4, lw=2)
 
 
 def confusion_matrix(labels, classes):
@@ -5234,9 +5304,9 @@ def plot_confusion(labels, classes, origin):
         color = "white"
         if fractions[i, j] > 0.5:  # where the colour map is bright
             color = "black"
-        ax.text(j, i, int(counts[i, j]), ha="center", va="center", fontsize=8, color=color)
-    ax.set_xticks(range(NUM_CLASSES), CLASS_NAMES, rotation=45, ha="right", fontsize=8)
-    ax.set_yticks(range(NUM_CLASSES), CLASS_NAMES, fontsize=8)
+        ax.text(j, i, int(counts[i, j]), ha="center", va="center", fontsize=9, color=color)
+    ax.set_xticks(range(NUM_CLASSES), CLASS_NAMES, rotation=45, ha="right", fontsize=9)
+    ax.set_yticks(range(NUM_CLASSES), CLASS_NAMES, fontsize=9)
     ax.set(xlabel="predicted", ylabel="true")
     return figure
 
@@ -5267,25 +5337,41 @@ def calibration_bins(labels, logits, n_bins):
 def plot_calibration(labels, logits, origin, bins=10):
     """Accuracy against confidence of several nets, {name: logits (N, 11)}; labels: (N,).
 
-    On the diagonal a net knows how sure it is. Bins of less than five images are not drawn. ECE is
-    the mean distance from the diagonal, weighted by the images of each bin (Guo et al. 2017).
+    On the diagonal a net knows how sure it is. Below it stands how many images each bin holds. The
+    bars of the points are +- one standard error; bins of less than five images have no point. ECE
+    is the mean distance from the diagonal, weighted by the images of each bin (Guo et al. 2017).
     """
-    figure, axes = new_figure(f"calibration, validation: {origin}", width=6, height=4)
-    ax = axes[0, 0]
-    ax.plot([0, 1], [0, 1], color="#BBBBBB", ls="--")
-    for name, net_logits in logits.items():
+    figure, axes = new_figure(f"calibration, validation: {origin}", 2, 1, 6, 5.5)
+    upper, lower = axes[:, 0]
+    upper.plot([0, 1], [0, 1], color="#BBBBBB", ls="--")
+    width = 0.8 / bins / len(logits)
+    for number, (name, net_logits) in enumerate(logits.items()):
         # Three Series, (filled bins,) each.
         confidence, accuracy, n = calibration_bins(labels, net_logits, bins)
         # Each bin's distance from the diagonal counts by its images, also where it is not drawn.
         distance = abs(confidence - accuracy)
         error = (distance * n).sum() / n.sum()
+        figure.describe(f"{name}: ECE {error:.3f}, {calibration_side(confidence, accuracy, n)}")
         # The accuracy over a handful of images says little: such a point would mislead.
         drawn = n >= 5
-        label = f"{name}: ECE {error:.3f}"
-        ax.plot(confidence[drawn], accuracy[drawn], label=label, **stage_style(name))
-    ax.set(xlabel="confidence (largest probability)", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
-    ax.legend(fontsize=8)
+        bars = standard_error(accuracy, n)[drawn]
+        style = stage_style(name)
+        points = (confidence[drawn], accuracy[drawn], bars)
+        upper.errorbar(*points, label=f"{name}: ECE {error:.3f}", capsize=3, **style)
+        left = (n.index + 0.1) / bins + number * width
+        lower.bar(left, n, width, align="edge", color=style["color"], edgecolor="black", lw=0.5)
+    upper.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
+    lower.set(xlabel="confidence (largest probability)", ylabel="images", xlim=(0, 1))
+    upper.legend(fontsize=9)
     return figure
+
+
+def calibration_side(confidence, accuracy, n):
+    """Whether a net is right more or less often than it says, in words; Series over bins."""
+    gap = ((accuracy - confidence) * n).sum() / n.sum()
+    if gap > 0:
+        return f"right {gap:.3f} more often than it says"
+    return f"right {-gap:.3f} less often than it says"
 
 
 @illustration()
@@ -5324,7 +5410,7 @@ def plot_mistakes(split, classes, right=None, n=12):
 def stage_table(runs, guesses=None):
     """A DataFrame with a row a stage.
 
-    Parameters, multiply-adds, validation accuracy +- s.e., epochs, seconds.
+    Validation accuracy +- s.e., parameters, multiply-adds, epochs, seconds.
     guesses: {stage: accuracy guessed before it ran}, which become a column.
     """
     rows = []
@@ -5332,10 +5418,11 @@ def stage_table(runs, guesses=None):
         error = standard_error(run.valid_acc, run.n_valid)
         row = {
             "stage": run.name,
-            "parameters": run.n_params,
-            "multiply-adds (M)": round(run.macs / 1e6, 1),
+            # First what is compared, so that it is on a narrow screen too.
             "accuracy": round(run.valid_acc, 4),
             "+- s.e.": round(error, 4),
+            "parameters": run.n_params,
+            "multiply-adds (M)": round(run.macs / 1e6, 1),
             "epochs": len(run.history),
             "seconds": round(run.history["seconds"].sum()),
         }

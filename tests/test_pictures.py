@@ -13,6 +13,7 @@ import torch
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -83,7 +84,7 @@ def test_each_picture_is_a_figure_that_names_its_data_also_to_who_cannot_see_it(
     for name, figure in figures.items():
         assert isinstance(figure, Figure), name
         assert "own photographs" in figure.alt_text, name
-        alt = re.match('<img alt="([^"]+)" [^>]+base64,[^"]{999}', figure._repr_html_())
+        alt = re.search('<img alt="([^"]+)" [^>]+base64,[^"]{999}', figure._repr_html_())
         assert alt, name
         assert "own photographs" in alt[1], name
     assert plt.get_fignums() == []
@@ -143,6 +144,64 @@ def a_figure():
     return h.plot_lines(pd.DataFrame({"a": [1, 2]}, [0, 1]), "two <lines>\nof text", "y")
 
 
+def test_letters_are_nine_pixels_high_on_a_narrow_screen(figures):
+    """A figure shrinks to its min-width and no further."""
+    diagrams = [h.plot_kd_diagram(), h.plot_convolutions(), h.plot_inverted_residual()]
+    for figure in [*figures.values(), *diagrams]:
+        page = figure._repr_html_()
+        narrowest = int(re.search(r"min-width:(\d+)px", page)[1])
+        width = figure._drawn().width
+        sizes = [text.get_fontsize() for text in figure.findobj(Text) if text.get_text()]
+        pixels = min(sizes) * figure.dpi / 72
+        assert pixels * narrowest / width >= 9
+        assert pixels >= 9
+        assert narrowest <= width
+    assert narrowest <= 300  # a diagram fits beside the margins of a page of 400
+
+
+def test_five_stages_have_five_lines_and_markers():
+    styles = [h.stage_style(name) for name in h.STAGES]
+    for part in ("color", "marker", "ls"):
+        assert len({style[part] for style in styles}) == 5
+
+
+def test_a_history_has_a_bar_of_its_standard_error_at_the_best_epoch(food):
+    run = a_run(food, "x", None)
+    accuracy_ax = h.plot_history([run]).axes[1]
+    ((start, end),) = accuracy_ax.collections[0].get_segments()
+    error = h.standard_error(0.4, 11)
+    assert start.tolist() == pytest.approx([2, 0.4 - error])
+    assert end.tolist() == pytest.approx([2, 0.4 + error])
+
+
+def test_lines_with_errors():
+    frame = pd.DataFrame({"a": [0.5, 0.6], "b": [0.1, 0.2]}, [1, 4])
+    both = h.plot_lines(frame, "x", "y", errors=pd.Series([0.1, 0.3], [1, 4])).axes[0]
+    heights = []
+    for bars in both.collections:
+        heights += [segment[1, 1] - segment[0, 1] for segment in bars.get_segments()]
+    assert heights == pytest.approx([0.2, 0.6, 0.2, 0.6])
+
+
+def test_soft_labels_of_two_pictures():
+    """A row a picture; each chart has the softened probabilities."""
+    logits = torch.tensor([[9.0] + [0.0] * 10, [1.0] + [0.0] * 10])
+    images = torch.randn(2, 3, 8, 8)
+    figure = h.plot_soft_labels(logits, images, (1, 4), "x")
+    charts = [ax for ax in figure.axes if ax.patches]
+    assert len(figure.axes) == 6
+    for chart, row, temperature in zip(charts, (0, 0, 1, 1), (1, 4, 1, 4), strict=True):
+        widths = [bar.get_width() for bar in chart.patches]
+        assert widths == pytest.approx(h.soft_labels(logits[row], temperature).tolist())
+    assert "Picture 1: Bread has 1.00 at T = 1, 0.49 at T = 4" in figure.alt_text
+
+
+def test_a_listing_scrolls_and_breaks_no_word():
+    page = h.show_source(h.loss_fn_kd)._repr_html_()
+    assert "overflow-x:auto" in page
+    assert page.count('<pre style="white-space:pre;word-break:normal">') == 1
+
+
 def picture_in(text):
     """The PIL image of a base64 text."""
     return Image.open(io.BytesIO(base64.b64decode(text)))
@@ -151,8 +210,8 @@ def picture_in(text):
 def test_a_figure_has_its_title_as_it_was_given():
     figure = a_figure()
     assert figure.texts[0].get_text() == "two <lines>\nof text"
-    assert figure.alt_text == "two <lines> of text"
-    assert 'alt="two &lt;lines&gt; of text"' in figure._repr_html_()
+    assert figure.alt_text == "two <lines> of text. y at 0, 1: a 1, 2."
+    assert 'alt="two &lt;lines&gt; of text. y at 0, 1' in figure._repr_html_()
 
 
 def test_a_notebook_gets_a_figure_as_html_as_png_and_as_text():
@@ -161,8 +220,8 @@ def test_a_notebook_gets_a_figure_as_html_as_png_and_as_text():
     with capture_output() as captured:
         InteractiveShell.instance().display_formatter.format(a_figure())
     forms = captured.outputs[0].data
-    assert forms["text/html"].startswith("<img alt")
-    assert forms["text/plain"] == "two <lines> of text"
+    assert "<img alt" in forms["text/html"]
+    assert forms["text/plain"].startswith("two <lines> of text")
     picture = picture_in(forms["image/png"])
     assert picture.format == "PNG"
     in_html = picture_in(re.search('base64,([^"]+)', forms["text/html"])[1])
@@ -241,6 +300,17 @@ def test_calibration_error_by_hand():
     figure = h.plot_calibration(labels, {"net": torch.stack(rows)}, "x")
     legend = figure.axes[0].get_legend()
     assert legend.get_texts()[0].get_text() == "net: ECE 0.400"
+    assert "net: ECE 0.400, right 0.000" in figure.alt_text
+    assert [bar.get_height() for bar in figure.axes[1].patches] == [2, 2]
+
+
+def test_a_net_is_right_less_or_more_often_than_it_says():
+    confidence = pd.Series([0.9, 0.5])
+    n = pd.Series([3, 1])
+    less = h.calibration_side(confidence, pd.Series([0.7, 0.7]), n)
+    assert less == "right 0.100 less often than it says"
+    more = h.calibration_side(confidence, pd.Series([1.0, 0.6]), n)
+    assert more == "right 0.100 more often than it says"
 
 
 def test_attention_map_is_the_mean_square_over_channels():
