@@ -16,12 +16,13 @@ This file holds all code of hw13_distill.ipynb, in the order in which the notebo
 11  Report questions   tables: arithmetic, gradients, temperature, pruning
 12  Machinery          devices, precision, processes, progress bar, whole files, locks
 13  Exercises          a learner's answers; the exercises edition of the notebook
-14  Command line       python helpers.py run | evaluate | predict | validate | export
+14  Command line       python helpers.py run | evaluate | predict | validate | export | train
 """
 
 import argparse
 import ast
 import base64
+import codecs
 import contextlib
 import copy
 import csv
@@ -40,6 +41,8 @@ import json
 import math
 import os
 import re
+import signal
+import subprocess
 import sys
 import tempfile
 import textwrap
@@ -4043,14 +4046,19 @@ class Stage:
                 self.folder.load()
         return self.splits
 
-    def train(self):
+    def train(self, processes=1):
         """Train the stage, or load it where it is finished, and write <out>/<stage>.csv: its Run.
 
+        processes: start so many programs that train it together (see `train_in_processes`).
         The teacher is checksummed before and after: RuntimeError where it was changed.
         """
         train, valid = self.decode()
         train_loader, valid_loader = loaders_of(train, valid, self.cfg, self.device)
-        history = fit(self.loss_fn, train_loader, valid_loader, self.folder)
+        history = None
+        if processes > 1:
+            history = train_in_processes(self, processes)
+        if history is None:
+            history = fit(self.loss_fn, train_loader, valid_loader, self.folder)
         self.check_teacher()
         return self.finish(history, valid_loader)
 
@@ -4108,12 +4116,14 @@ def prepare_stage(
     loss_fn_kd=None,
     alignment=None,
     loss_weights=None,
+    processes=1,
 ):
     """A Stage, ready to be trained. All that can be wrong is said here; nothing is decoded yet.
 
     student: your own net, or a function without arguments that builds it; a copy is trained.
     loss_fn_kd, alignment, loss_weights: your own functions in place of this module's (see
     DistillLoss).
+    processes: how many are to be started to train it (see Stage.train).
     Raises UserError for a student above the limit, a loss that does not fit the config or the
     teacher, or a folder with a run of other settings (unless fresh).
     """
@@ -4128,6 +4138,8 @@ def prepare_stage(
     loss_fn = DistillLoss(cfg, student, teacher, loss_fn_kd, alignment, loss_weights)
     loss_fn.on(device or pick_device())
     folder = RunFolder(stage_folder(cfg, data, out), loss_fn, data, fresh)
+    if processes > 1:
+        folder.facts["processes"] = processes
     if not fresh:
         folder.load()
     return Stage(data, loss_fn, folder)
@@ -4151,9 +4163,13 @@ def run_stage(cfg, data, teacher=None, out=None, fresh=False, device=None, **own
     """Train one stage, or load it where it is finished, and write <out>/<stage>.csv: its Run.
 
     own: student, loss_fn_kd, alignment, loss_weights, as `prepare_stage` takes them, which says
-    what can be wrong.
+    what can be wrong. In a notebook on a machine with several GPUs all of them train, without
+    own code.
     """
-    return prepare_stage(cfg, data, teacher, out, fresh, device, **own).train()
+    device = torch.device(device or pick_device())
+    n = processes_for(cfg, stage_folder(cfg, data, out), device, fresh, own)
+    stage = prepare_stage(cfg, data, teacher, out, fresh, device, **own, processes=n)
+    return stage.train(n)
 
 
 def run(
@@ -5757,9 +5773,7 @@ def out_of_memory_named(cfg):
         of_the_block = error.__traceback__.tb_next
         if of_the_block:
             of_the_block.tb_next = None
-        gc.collect()
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+        give_cached_memory_back()
         half = max(2, cfg.batch_size // 2)
         raise UserError(
             f"{cfg.exp_name}: out of memory with batch_size={cfg.batch_size}, "
@@ -5876,6 +5890,224 @@ def process_group():
         torch.distributed.destroy_process_group()
 
 
+# --- all GPUs from a notebook ---------------------------------------------------------------------
+
+
+def gpus_of_notebook(device):
+    """How many GPUs a notebook on `device` can train on; 1 elsewhere, on a CPU and on other GPUs.
+
+    Whoever asks for a GPU other than the first wants that one.
+    """
+    is_first_gpu = device.type == "cuda" and device.index in (None, 0)
+    if not in_notebook() or not is_first_gpu or rank_and_world()[1] > 1:
+        return 1
+    return torch.cuda.device_count()
+
+
+def processes_for(cfg, folder, device, fresh, own):
+    """How many processes train a stage: one a GPU of a notebook's machine. What is special is said.
+
+    One alone where own code is handed in, which another process could not import from a notebook,
+    and where the folder's run began so: its batches would be cut in other parts.
+    """
+    n = gpus_of_notebook(device)
+    if n == 1:
+        return 1
+    if own:
+        names = ", ".join(own)
+        say(
+            f"{cfg.exp_name}: one of {n} GPUs trains, for your own {names} is in this notebook only"
+        )
+        return 1
+    if fresh:
+        return n
+    saved = None
+    with contextlib.suppress(UserError):  # a damaged run is named later
+        saved, _ = read_run(folder)
+    if saved is None:
+        return n
+    if is_finished(saved["history"], cfg):  # there is nothing to train
+        return 1
+    if saved["facts"].get("processes") == 1:
+        say(f"{cfg.exp_name}: one of {n} GPUs trains, for the run began on one")
+        return 1
+    return n
+
+
+def train_in_processes(stage, n):
+    """Train a Stage with torchrun, n processes on as many GPUs; its student gets the best weights.
+
+    Returns the history, or None where nothing started, which is said. The run in the folder is one
+    like any other. Raises UserError, or KeyboardInterrupt, where the training itself ended early.
+    """
+    name = stage.cfg.exp_name
+    say(f"{name}: {n} GPUs train, a process each")
+    before = time_of(stage.folder.path / LAST)
+    give_cached_memory_back()
+    interrupted = False
+    with tempfile.TemporaryDirectory() as place:
+        errors = Path(place) / "stderr"
+        command = job_command(write_job(stage, Path(place)), n)
+        try:
+            code = watch(command, errors, n)
+        except KeyboardInterrupt:
+            interrupted = True
+        why = why_it_ended(errors)
+    started = time_of(stage.folder.path / LAST) != before
+    if interrupted:
+        say(f"{name}: stopped, every whole epoch is saved; run the cell to go on")
+        raise KeyboardInterrupt
+    if code != 0 and started:
+        raise UserError(why)
+    if code != 0:
+        say(f"{name}: {n} GPUs could not be started ({why}); one trains")
+        stage.folder.facts["processes"] = 1
+        return None
+    stage.folder.fresh = False
+    saved = stage.folder.load()
+    stage.student.load_state_dict(saved["best"])
+    return saved["history"]
+
+
+def give_cached_memory_back():
+    """Leave what torch keeps of the GPU's memory to another process."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def time_of(path):
+    """When a file was last written, in nanoseconds; None where there is none."""
+    if not path.is_file():
+        return None
+    return path.stat().st_mtime_ns
+
+
+def write_job(stage, place):
+    """Write all that a process needs to train a Stage into a new folder: the path of job.json."""
+    teacher = stage.loss_fn.teacher
+    teachers = [] if teacher is None else getattr(teacher, "members", [teacher])
+    paths = []
+    for number, one in enumerate(teachers):
+        path = place / f"teacher-{number}.ckpt"
+        save_checkpoint(copy_of_weights(one), path)
+        paths.append(str(path))
+    job = {
+        "data": str(stage.data.root),
+        "folder": str(stage.folder.path),
+        "fresh": stage.folder.fresh,
+        "teachers": paths,
+        "facts": stage.folder.facts,
+    }
+    write_text(place / "job.json", json.dumps(job))
+    return place / "job.json"
+
+
+def job_command(job, n):
+    """The command that trains a job on this machine with n processes."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    module = str(Path(__file__).resolve())
+    return [*launcher, "--nproc-per-node", str(n), module, "train", str(job)]
+
+
+def train_job(path):
+    """Train what `write_job` wrote, as one of several processes.
+
+    Raises UserError where this is not what the notebook has, by the run's facts: a patched module,
+    a teacher that is no ResNet.
+    """
+    job = json.loads(Path(path).read_text())
+    wanted = job["facts"]
+    device = pick_device()
+    teacher = None
+    if job["teachers"]:
+        teacher = load_teacher(job["teachers"], device)
+    data = read_folder(job["data"])
+    cfg = Config(**wanted["config"])
+    loss_fn = DistillLoss(cfg, build_student(cfg), teacher).on(device)
+    folder = RunFolder(job["folder"], loss_fn, data, job["fresh"])
+    train_loader, valid_loader = build_loaders(cfg, data, device)
+    folder.add_contents("training", train_loader.dataset)
+    folder.add_contents("validation", valid_loader.dataset)
+    different = [key for key in wanted if folder.facts.get(key) != wanted[key]]
+    if different:
+        raise UserError(f"the notebook has another {some_of(different)}")
+    fit(loss_fn, train_loader, valid_loader, folder)
+
+
+def watch(command, errors, n):
+    """Run a command and show what it prints, its bar in one line: the exit code.
+
+    errors: a file for its stderr. Where the notebook is stopped, the command is stopped too.
+    """
+    threads = max(1, (os.cpu_count() or 1) // n)
+    environment = {
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONIOENCODING": "utf-8",
+        "HW13_SESSION_START": str(SESSION_START),
+        FOR_NOTEBOOK: "1",
+    }
+    redraw = None
+    with open(errors, "wb") as stderr:
+        process = subprocess.Popen(
+            command,
+            env=os.environ | environment,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            start_new_session=True,  # the stop button reaches it through `stop` alone
+        )
+    try:
+        for text, redraws in texts_of(process.stdout):
+            if not redraws:
+                say(text)
+            elif in_notebook():
+                redraw = redraw or CellBar.status_printer(None)
+                redraw(text)
+        return process.wait()
+    except BaseException:
+        stop(process)
+        raise
+
+
+def texts_of(stream):
+    """Yield (text, whether it redraws its line) of what a process prints, as it comes."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    rest = ""
+    redraws = False
+    while part := stream.read1():
+        rest += decoder.decode(part)
+        *texts_and_ends, rest = re.split("([\r\n])", rest)
+        texts = texts_and_ends[::2]
+        ends = texts_and_ends[1::2]
+        for text, end in zip(texts, ends, strict=True):
+            if text.strip():
+                yield text, redraws
+            redraws = end == "\r"
+
+
+def stop(process, patience=40):
+    """End torchrun as Ctrl-C does; it ends its processes. After `patience` seconds by force."""
+    with contextlib.suppress(ProcessLookupError):
+        process.send_signal(signal.SIGINT)
+    try:
+        process.wait(patience)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def why_it_ended(errors):
+    """The line of a command's stderr that says why it ended."""
+    lines = errors.read_text(encoding="utf-8", errors="replace").splitlines()
+    ours = [line for line in lines if line.startswith("helpers.py: ")]
+    if ours:
+        return ours[0].removeprefix("helpers.py: ")
+    # The last line of a traceback, behind torchrun's "[rank0]: ".
+    named = [line for line in lines if re.match(r"(\[rank\d+\]: )?[\w.]*(Error|Exception)\b", line)]
+    why = next(iter(named or lines[-1:]), "it ended without a word")
+    return quoted(re.sub(r"^\[rank\d+\]: ", "", why), 160)
+
+
 # --- what is shown --------------------------------------------------------------------------------
 
 
@@ -5894,9 +6126,13 @@ NOTEBOOK_WORDS = {
 }
 
 
+# The variable by which a notebook tells the processes that it starts for whom they speak.
+FOR_NOTEBOOK = "HW13_FOR_NOTEBOOK"
+
+
 def option(flag):
     """A flag of the command line, or what takes its place in a notebook, for a message."""
-    if in_notebook():
+    if in_notebook() or FOR_NOTEBOOK in os.environ:
         return NOTEBOOK_WORDS[flag]
     return flag
 
@@ -5937,13 +6173,15 @@ def progress_bar(total, desc, initial=0):
     options["disable"] = not is_first_process()
     if in_notebook():
         return CellBar(file=io.StringIO(), ascii=False, ncols=120, **options)
+    if FOR_NOTEBOOK in os.environ:  # the notebook reads it and redraws it
+        return tqdm(file=sys.stdout, ncols=120, **options)
     if not sys.stderr.isatty():  # a log file: a line every half a minute
         options["mininterval"] = 30.0
     return tqdm(file=sys.stderr, dynamic_ncols=True, **options)
 
 
 KAGGLE_HOURS = 12
-SESSION_START = time.time()
+SESSION_START = float(os.environ.get("HW13_SESSION_START") or time.time())
 
 
 class RunDisplay:
@@ -6427,9 +6665,11 @@ class Answers:
         own = self.own_for(cfg)
         if own:
             say(f"{cfg.exp_name} trains with your {', '.join(own)}.")
-        stage = prepare_stage(cfg, data, teacher, self.out, fresh=True, device=device, **own)
+        device = torch.device(device or pick_device())
+        n = processes_for(cfg, stage_folder(cfg, data, self.out), device, False, own)
+        stage = prepare_stage(cfg, data, teacher, self.out, True, device, **own, processes=n)
         stage.folder.fresh = has_moved_on(stage)
-        run = stage.train()
+        run = stage.train(n)
         if run.name in self.guesses:
             reached = plus_minus(run.valid_acc, run.n_valid)
             say(f"{run.name}: you guessed {self.guesses[run.name]:.4f}, it reached {reached}.")
@@ -6709,6 +6949,7 @@ def build_parser():
     add_predict(commands)
     add_validate(commands)
     add_export(commands)
+    add_train(commands)
     return parser
 
 
@@ -6790,6 +7031,11 @@ def add_export(commands):
     )
 
 
+def add_train(commands):
+    help = "train what a notebook has prepared (it starts this by itself, on several GPUs)"
+    add_command(commands, "train", train_command, help).add_argument("job", metavar="FILE")
+
+
 def run_command(args):
     settings = dict(parse_setting(text) for text in args.set)
     stages = [stage.strip() for stage in args.stages.split(",")]
@@ -6856,6 +7102,11 @@ def validate_command(args):
     print(f"{args.csv}: {validate_submission(args.csv, args.rows)} rows, valid")
 
 
+def train_command(args):
+    with process_group():
+        train_job(args.job)
+
+
 def export_command(args):
     print(export_notebook())
     print(export_exercises())
@@ -6882,6 +7133,8 @@ def main(argv=None):
             "helpers.py: stopped; the same command goes on after the last whole epoch",
             file=sys.stderr,
         )
+        if rank_and_world()[1] > 1:
+            os._exit(130)  # the others may wait for this one for ever
         return 130
 
 

@@ -1,11 +1,15 @@
 """Two processes on two CPUs (gloo) against one."""
 
+import io
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 
 import pandas as pd
 import pytest
@@ -59,6 +63,16 @@ def arguments(food, teacher_file):
     """A small boss stage; the folder it writes to comes after them."""
     small_run = settings(image_size=64, batch_size=10, n_epochs=3, amp="off")
     return ["run", "--data", str(food), "--stages", "boss", *small_run, "--out"]
+
+
+def end_after_what_is_saved(folder):
+    """Write into a run's checkpoint that it was to have as many epochs as it has; how many."""
+    last = torch.load(folder / "last.ckpt", weights_only=True)
+    n = len(last["history"])
+    facts = json.loads(last["facts"])
+    facts["config"]["n_epochs"] = n
+    torch.save(last | {"facts": json.dumps(facts)}, folder / "last.ckpt")
+    return n
 
 
 FILES = ["config.json", "last.ckpt", "log.csv", "previous.ckpt", "result.json", "student_best.ckpt"]
@@ -140,6 +154,108 @@ def test_what_processes_compare_before_they_train(food):
     assert different(loss_fn, train, []) == ["steps"]
 
 
+# --- all GPUs from a notebook: here two CPU processes ---------------------------------------------
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    monkeypatch.setattr(h, "gpus_of_notebook", lambda device: 2)
+
+
+def medium_stage(food, teacher_file, out, n_epochs=3, **more):
+    """A small Medium by run_stage, as the notebook calls it."""
+    cfg = h.get_config("medium", image_size=64, batch_size=10, n_epochs=n_epochs, amp="off")
+    return h.run_stage(cfg, h.find_data(food), h.load_teacher(teacher_file), out=out, **more)
+
+
+def test_a_stage_of_the_notebook_trains_on_all_gpus_is_stopped_and_goes_on(
+    food, teacher_file, tmp_path, two_gpus, capsys
+):
+    log = tmp_path / "medium/log.csv"
+
+    def press_stop():
+        while not log.is_file() or len(log.read_text().splitlines()) < 3:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=press_stop, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        medium_stage(food, teacher_file, tmp_path, n_epochs=1000)
+    said = capsys.readouterr().out
+    assert "medium: 2 GPUs train, a process each" in said
+    assert "2 processes" in said  # the child's own line
+    assert "every whole epoch is saved; run the cell to go on" in said
+    n = end_after_what_is_saved(tmp_path / "medium")
+    assert 1 <= n < 1000
+
+    run = medium_stage(food, teacher_file, tmp_path, n_epochs=n + 1)
+    said = capsys.readouterr().out
+    assert f"goes on after epoch {n}" in said
+    assert run.history["epoch"].tolist() == list(range(1, n + 2))
+    assert run.facts["processes"] == 2
+    assert run.valid_acc == pytest.approx(run.history["valid_acc"].max())
+    assert files_in(tmp_path / "medium") == FILES
+    assert h.validate_submission(run.csv, 5) == 5
+    best = torch.load(tmp_path / "medium/student_best.ckpt", weights_only=True)
+    assert all(torch.equal(best[name], value) for name, value in run.net.state_dict().items())
+
+    # A finished run is loaded, as ever.
+    assert len(medium_stage(food, teacher_file, tmp_path, n_epochs=n + 1).history) == n + 1
+
+
+def test_one_process_trains_where_several_cannot_and_says_why(
+    food, teacher_file, tmp_path, two_gpus, monkeypatch, capsys
+):
+    def broken(job, n):
+        return [sys.executable, "-c", "raise RuntimeError('NCCL has no shared memory')"]
+
+    monkeypatch.setattr(h, "job_command", broken)
+    run = medium_stage(food, teacher_file, tmp_path, n_epochs=2)
+    said = capsys.readouterr().out
+    why = "could not be started ('RuntimeError: NCCL has no shared memory'); one trains"
+    assert why in said
+    assert len(run.history) == 2
+    assert run.facts["processes"] == 1
+    # Begun by one process, it goes on so.
+    run = medium_stage(food, teacher_file, tmp_path, n_epochs=3)
+    assert len(run.history) == 3
+    assert "could not be started" not in capsys.readouterr().out
+
+
+def test_own_code_trains_in_the_notebooks_process(
+    food, teacher_file, tmp_path, two_gpus, monkeypatch, capsys
+):
+    def my_loss(student_logits, labels, teacher_logits, alpha, temperature):
+        return h.loss_fn_kd(student_logits, labels, teacher_logits, alpha, temperature)
+
+    monkeypatch.setattr(h, "train_in_processes", None)  # it is not asked
+    medium_stage(food, teacher_file, tmp_path, n_epochs=1, loss_fn_kd=my_loss)
+    said = capsys.readouterr().out
+    assert "one of 2 GPUs trains, for your own loss_fn_kd is in this notebook only" in said
+
+
+def test_gpus_are_counted_in_a_notebook_on_the_first_gpu_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    gpu = torch.device("cuda", 0)
+    assert h.gpus_of_notebook(gpu) == 1  # no notebook
+    monkeypatch.setattr(h, "in_notebook", lambda: True)
+    assert h.gpus_of_notebook(gpu) == 2
+    assert h.gpus_of_notebook(torch.device("cuda", 1)) == 1
+    assert h.gpus_of_notebook(torch.device("cpu")) == 1
+    monkeypatch.setattr(h, "rank_and_world", lambda: (0, 2))
+    assert h.gpus_of_notebook(gpu) == 1
+
+
+def test_a_bar_redraws_its_line_and_lines_stay_lines():
+    printed = io.BytesIO("one\n\r 10%|█\r 20%|██\ntwo\n".encode())
+    assert list(h.texts_of(printed)) == [
+        ("one", False),
+        (" 10%|█", True),
+        (" 20%|██", True),
+        ("two", False),
+    ]
+
+
 # --- two machines ---------------------------------------------------------------------------------
 
 
@@ -211,12 +327,11 @@ def test_two_machines_with_nothing_in_common_leave_one_set_of_files(machines):
 
     codes, outputs = two_machines(machines, WORKER, killed)
     assert 0 not in codes, outputs
-    n = len(pd.read_csv(machines / "0/out/medium/log.csv"))
-    assert 3 <= n < 1000
     assert not (machines / "1/out").exists()
 
     # n_epochs of a constant schedule may grow, so the kill came in a run that was to end here.
-    shorten(machines / "0/out/medium", n)
+    n = end_after_what_is_saved(machines / "0/out/medium")
+    assert 2 <= n < 1000
     codes, outputs = two_machines(machines, HELPERS, a_run_of(n + 1))
     assert codes == [0, 0], outputs
     assert f"goes on after epoch {n}" in outputs[0]
@@ -237,11 +352,3 @@ def test_two_machines_with_nothing_in_common_leave_one_set_of_files(machines):
     columns = ["train_loss", "valid_acc"]
     assert other[columns].equals(log[columns][:n])
     assert (machines / "0/out/medium/last.ckpt").read_bytes() == before
-
-
-def shorten(folder, n_epochs):
-    """Write into a run's checkpoint that it was to have so many epochs."""
-    last = torch.load(folder / "last.ckpt", weights_only=True)
-    facts = json.loads(last["facts"])
-    facts["config"]["n_epochs"] = n_epochs
-    torch.save(last | {"facts": json.dumps(facts)}, folder / "last.ckpt")
