@@ -62,7 +62,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from matplotlib.text import Text
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image, ImageColor, ImageDraw, ImageFile, ImageOps
 from torch import nn
 from torch.nn.utils import prune
@@ -5274,9 +5274,10 @@ def plot_history(runs, published=None):
 
 
 def plain_numbers(axis):
-    """Label a logarithmic axis with 0.4 and 20, not with powers of ten, whose letters are small."""
-    axis.set_major_formatter(LogFormatter())
-    axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+    """Label a logarithmic axis with 0.5 and 20, not with powers of ten, whose letters are small."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def draw_history(ax, run, column):

@@ -183,6 +183,16 @@ def test_lines_with_errors():
     assert heights == pytest.approx([0.2, 0.6, 0.2, 0.6])
 
 
+def test_a_logarithmic_axis_has_plain_numbers(food):
+    """Two or more of them, also within one power of ten."""
+    run = a_run(food, "x", None)
+    loss_ax = h.plot_history([run]).axes[0]
+    loss_ax.figure.draw_without_rendering()
+    labels = [label.get_text() for label in loss_ax.get_yticklabels(which="both")]
+    assert {"1", "2"} <= set(labels)
+    assert "$" not in "".join(labels)
+
+
 def test_soft_labels_of_two_pictures():
     """A row a picture; each chart has the softened probabilities."""
     logits = torch.tensor([[9.0] + [0.0] * 10, [1.0] + [0.0] * 10])
