@@ -4,6 +4,7 @@ import base64
 import io
 import re
 import time
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -464,3 +465,10 @@ def test_pruning_table(food, teacher_file, tiny):
     assert table["weights (M)"].loc[0.0].round(1).tolist() == [11.2, 11.2]
     assert table["accuracy"].loc[0.0].nunique() == 1
     assert (table["weights (M)"].loc[0.9] < 3).all()
+
+
+def test_the_cell_with_the_module_is_folded_in_jupyter_and_on_kaggle():
+    cell = h.one_file_notebook(Path(h.__file__).parent).cells[1]
+    assert cell.source.startswith("%%writefile helpers.py")
+    assert cell.metadata["_kg_hide-input"] is True
+    assert cell.metadata["jupyter"]["source_hidden"] is True
