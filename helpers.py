@@ -3569,6 +3569,18 @@ def plus_minus(accuracy, n):
     return f"{accuracy:.4f} +- {standard_error(accuracy, n):.4f}"
 
 
+def paired_difference(correct, others_correct):
+    """(difference in accuracy, its standard error) of two nets on the same N images.
+
+    correct, others_correct: (N,) bool, whether each image was answered rightly. Images on which
+    both are right or both are wrong say nothing about the difference, so this error is the smaller
+    one: that of the mean of N values -1, 0 or 1.
+    """
+    differences = correct.double() - others_correct.double()  # (N,)
+    error = differences.std(correction=0) / math.sqrt(len(differences))
+    return differences.mean().item(), error.item()
+
+
 def fit(loss_fn, train_loader, valid_loader, folder=None):
     """Train the student of a DistillLoss as its config says; returns the history, a row an epoch.
 
@@ -3961,8 +3973,7 @@ class Run:
     history: pd.DataFrame  # a row an epoch, as in log.csv
     n_params: int
     macs: float  # nan where torch cannot count them
-    valid_acc: float
-    n_valid: int
+    correct: torch.Tensor  # (N,) bool: which validation images it answers rightly
     csv: Path
     net: nn.Module  # the trained student
     facts: dict  # what the result depends on, own code included (see run_facts)
@@ -3970,6 +3981,16 @@ class Run:
     @property
     def name(self):
         return self.cfg.exp_name
+
+    @property
+    def n_valid(self):
+        """The number of validation images."""
+        return len(self.correct)
+
+    @property
+    def valid_acc(self):
+        """The accuracy on the validation images."""
+        return self.correct.double().mean().item()
 
     @property
     def finished(self):
@@ -4074,7 +4095,15 @@ class Stage:
 
     def finish(self, history, valid_loader):
         """Score the trained student, predict the evaluation images and return the Run."""
-        score = evaluate(self.student, valid_loader)
+        # Every process scores all images, so that each knows which of them are answered rightly.
+        all_images = BatchLoader(
+            valid_loader.split,
+            self.cfg,
+            self.device,
+            batch_size=valid_loader.batch_size,
+            shared=False,
+        )
+        logits, labels = predict_logits(self.student, all_images)
         path = self.folder.path
         run = Run(
             cfg=self.cfg,
@@ -4083,8 +4112,7 @@ class Stage:
             history=pd.DataFrame(history, columns=HISTORY_COLUMNS),
             n_params=check_budget(self.student),
             macs=count_macs(self.student, self.cfg.image_size),
-            valid_acc=score["valid_acc"],
-            n_valid=score["n"],
+            correct=logits.argmax(1) == labels,
             csv=path.with_suffix(".csv"),
             net=self.student,
             facts=self.folder.facts,
@@ -5427,10 +5455,12 @@ def plot_mistakes(split, classes, right=None, n=12):
 def stage_table(runs, guesses=None):
     """A DataFrame with a row a stage.
 
-    Validation accuracy +- s.e., parameters, multiply-adds, epochs, seconds.
+    Validation accuracy +- s.e., the difference to the row above with its paired standard error,
+    parameters, multiply-adds, epochs, seconds.
     guesses: {stage: accuracy guessed before it ran}, which become a column.
     """
     rows = []
+    above = None
     for run in runs:
         error = standard_error(run.valid_acc, run.n_valid)
         row = {
@@ -5438,6 +5468,7 @@ def stage_table(runs, guesses=None):
             # First what is compared, so that it is on a narrow screen too.
             "accuracy": round(run.valid_acc, 4),
             "+- s.e.": round(error, 4),
+            **difference_to(above, run.correct),
             "parameters": run.n_params,
             "multiply-adds (M)": round(run.macs / 1e6, 1),
             "epochs": len(run.history),
@@ -5446,17 +5477,36 @@ def stage_table(runs, guesses=None):
         if guesses:
             row["guess"] = guesses.get(run.name, "none")
         rows.append(row)
+        above = run.correct
     return pd.DataFrame(rows).set_index("stage")
 
 
 def accuracy_table(labels, predictions, caption):
-    """A DataFrame of accuracy +- standard error, a row for each {name: predicted classes (N,)}."""
+    """A DataFrame of accuracy +- standard error, a row for each {name: predicted classes (N,)}.
+
+    With the difference to the row above and its paired standard error.
+    """
     rows = []
+    above = None
     for name, classes in predictions.items():
-        accuracy = (classes == labels).double().mean().item()
+        correct = classes == labels
+        accuracy = correct.double().mean().item()
         error = standard_error(accuracy, len(labels))
-        rows.append({caption: name, "accuracy": round(accuracy, 4), "+- s.e.": round(error, 4)})
+        row = {caption: name, "accuracy": round(accuracy, 4), "+- s.e.": round(error, 4)}
+        rows.append(row | difference_to(above, correct))
+        above = correct
     return pd.DataFrame(rows).set_index(caption)
+
+
+def difference_to(above, correct):
+    """The two columns of a row that compare it, (N,) bool, with the row above; empty without one.
+
+    Rows on other images than those above are not compared.
+    """
+    if above is None or len(above) != len(correct):
+        return {"- row above": "", "its +- s.e.": ""}
+    difference, error = paired_difference(correct, above)
+    return {"- row above": f"{difference:+.4f}", "its +- s.e.": f"{error:.4f}"}
 
 
 @illustration()

@@ -40,8 +40,7 @@ def a_run(folder, origin, student):
         history=pd.DataFrame(history),
         n_params=58_235,
         macs=10**8,
-        valid_acc=0.4,
-        n_valid=11,
+        correct=torch.arange(11) < 4,
         csv=folder / "boss.csv",
         net=student,
         facts={},
@@ -286,6 +285,20 @@ def test_accuracy_table():
     table = h.accuracy_table(labels, {"all": labels, "half": half_right}, "x")
     assert table["accuracy"].tolist() == [1.0, 0.5]
     assert table["+- s.e."].tolist() == [0.0, 0.25]
+    assert table["- row above"].tolist() == ["", "-0.5000"]
+    assert table["its +- s.e."].tolist() == ["", "0.2500"]
+
+
+def test_a_paired_difference_counts_only_images_on_which_one_of_two_is_right():
+    """Against McNemar's form: (b - c) / n, sqrt(b + c - (b - c)^2 / n) / n."""
+    ours = torch.tensor([True] * 70 + [False] * 30)
+    theirs = torch.tensor([True] * 60 + [False] * 25 + [True] * 15)
+    b = 10  # ours alone
+    c = 15  # theirs alone
+    difference, error = h.paired_difference(ours, theirs)
+    assert difference == pytest.approx((b - c) / 100)
+    assert error == pytest.approx((b + c - (b - c) ** 2 / 100) ** 0.5 / 100)
+    assert h.paired_difference(ours, ours) == (0.0, 0.0)
 
 
 def test_mistakes_of_the_student_that_the_teacher_gets_right(food):

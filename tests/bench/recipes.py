@@ -1070,7 +1070,8 @@ def paired_difference(name, args, seeds):
         differences.append(ours - theirs)
     if not differences:
         return None
-    difference = torch.stack(differences).mean(0)  # over seeds: (N,)
+    # Over seeds first, (N,): seeds answer the same images, so they are not as many more images.
+    difference = torch.stack(differences).mean(0)
     standard_error = difference.std() / len(difference) ** 0.5
     return difference.mean().item(), standard_error.item()
 
