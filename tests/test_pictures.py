@@ -30,7 +30,7 @@ def a_run(folder, origin, student):
     history = {
         "epoch": [1, 2],
         "train_loss": [2.0, 1.0],
-        "valid_acc": [0.1, 0.4],
+        "valid_acc": [0.1, 4 / 11],
         "seconds": [1.0, 1.0],
     }
     return h.Run(
@@ -169,9 +169,9 @@ def test_a_history_has_a_bar_of_its_standard_error_at_the_best_epoch(food):
     run = a_run(food, "x", None)
     accuracy_ax = h.plot_history([run]).axes[1]
     ((start, end),) = accuracy_ax.collections[0].get_segments()
-    error = h.standard_error(0.4, 11)
-    assert start.tolist() == pytest.approx([2, 0.4 - error])
-    assert end.tolist() == pytest.approx([2, 0.4 + error])
+    error = h.standard_error(4 / 11, 11)
+    assert start.tolist() == pytest.approx([2, 4 / 11 - error])
+    assert end.tolist() == pytest.approx([2, 4 / 11 + error])
 
 
 def test_lines_with_errors():
