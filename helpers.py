@@ -41,6 +41,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -1252,15 +1253,25 @@ def make_demo_data():
     if is_fast():
         per_class = {"training": 20, "validation": 6, "evaluation": 4}
     root = cache_root() / f"demo-{fingerprint(DEMO_VERSION, per_class)}" / "Food-11"
-    if not root.is_dir():
-        # Drawn beside its place and then renamed, so that no half set is ever read.
-        building = Path(tempfile.mkdtemp(dir=cache_root())) / "Food-11"
-        for seed, split in enumerate(SPLITS):
-            draw_split(building / split, per_class[split], seed)
-        (building / DEMO_MARK).write_text("Drawn shapes, not photographs.\n")
-        with contextlib.suppress(OSError):  # another process was first
-            os.replace(building.parent, root.parent)
+    if not root.is_dir() and is_first_on_node():
+        draw_demo_set(root, per_class)
+    barrier()
     return read_folder(root)
+
+
+def draw_demo_set(root, per_class):
+    """Draw all splits: beside their place and then renamed, so that no half set is ever read."""
+    for left in cache_root().glob("demo-drawing-*"):  # of a process that was killed
+        if time.time() - left.stat().st_mtime > 86_400:
+            shutil.rmtree(left, ignore_errors=True)
+    drawing = Path(tempfile.mkdtemp(prefix="demo-drawing-", dir=cache_root()))
+    for seed, split in enumerate(SPLITS):
+        draw_split(drawing / root.name / split, per_class[split], seed)
+    (drawing / root.name / DEMO_MARK).write_text("Drawn shapes, not photographs.\n")
+    try:
+        os.replace(drawing, root.parent)
+    except OSError:  # another program was first
+        shutil.rmtree(drawing, ignore_errors=True)
 
 
 def draw_split(folder, per_class, seed):

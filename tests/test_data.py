@@ -3,7 +3,9 @@
 Both layouts, every image mode, stray and damaged files, the cache.
 """
 
+import os
 import shutil
+import time
 import warnings
 
 import numpy as np
@@ -391,3 +393,27 @@ def test_a_long_picture_is_still_one(food):
     Image.new("RGB", (2_000, 10), (200, 10, 10)).save(food / "training/0_0.jpg")
     split = h.load_data(h.find_data(food), "training", "eval", 64)
     assert len(split) == 22
+
+
+def test_the_demo_set_is_drawn_once_and_what_a_killed_drawing_left_is_removed(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HW13_CACHE", str(tmp_path))
+    for name, age in (("old", 2 * 86_400), ("young", 60)):
+        left = tmp_path / f"demo-drawing-{name}"
+        left.mkdir()
+        os.utime(left, (time.time() - age,) * 2)
+    root = h.make_demo_data().root
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == sorted([root.parent.name, "demo-drawing-young"])
+
+    # Of several processes of a machine the first draws.
+    def drawn(*arguments):
+        raise AssertionError("a second process draws")
+
+    monkeypatch.setattr(h, "draw_split", drawn)
+    assert h.make_demo_data().root == root
+    shutil.rmtree(root)
+    monkeypatch.setattr(h, "is_first_on_node", lambda: False)
+    with pytest.raises(h.UserError, match="no folder"):
+        h.make_demo_data()
