@@ -29,6 +29,7 @@ import csv
 import ctypes
 import dataclasses
 import datetime
+import errno
 import functools
 import gc
 import getpass
@@ -100,6 +101,35 @@ PUBLISHED_SCORES = {"simple": 0.45807, "medium": 0.75202, "boss": 0.82687}
 
 class UserError(ValueError):
     """A mistake that the user can mend, in one sentence. The command line exits with 2."""
+
+    def __init__(self, text):
+        super().__init__(readable(text))
+
+
+LONGEST_WORD = 200  # characters that a message quotes of a file's content or name without a blank
+
+
+def readable(text):
+    """A message without invisible characters, and with the middle of endless words left out.
+
+    Control characters, bidirectional marks and lone surrogates are written as escapes; a line end
+    stays.
+    """
+    visible = []
+    for character in str(text):
+        if character.isprintable() or character == "\n":
+            visible.append(character)
+        else:
+            visible.append(ascii(character)[1:-1])
+    text = "".join(visible)
+    return re.sub(rf"\S{{{LONGEST_WORD + 1},}}", shortened, text)
+
+
+def shortened(match):
+    """The two ends of a matched word."""
+    word = match[0]
+    half = LONGEST_WORD // 2 - 2
+    return f"{word[:half]}...{word[-half:]}"
 
 
 def is_fast():
@@ -3598,8 +3628,9 @@ def fit(loss_fn, train_loader, valid_loader, folder=None):
     It trains any net. The loaders are BatchLoaders or the course's DataLoaders (valid_loader None:
     no validation, the last epoch's net is the best); the net is on its device. folder: a RunFolder,
     to which every epoch is saved, and from which a run goes on, exactly as if it had not stopped
-    (on CPUs; CUDA's sums are not the same from run to run). The student ends with its best weights:
-    also where the time limit, or a notebook's stop button, ends it early.
+    (on CPUs; CUDA's sums are not the same from run to run). The student ends with its best weights,
+    also where the time limit ends it early, or an interrupt: Ctrl-C or a notebook's stop button,
+    which is let through, so that the cells after it do not run either.
     Raises UserError where the folder's run has other settings or another process works there, where
     a loss is not finite, where memory does not suffice, or where it is handed evaluation images.
     """
@@ -3631,15 +3662,21 @@ def fit(loss_fn, train_loader, valid_loader, folder=None):
             folder.save(state, last=not is_finished(state.history, cfg))
         try:
             train_epochs(state, train_loader, valid_loader, views, folder)
-        except KeyboardInterrupt:  # a notebook's stop button ends the training, not the cell
-            if not in_notebook():
-                raise
-            n = len(state.history)
-            say(
-                f"{cfg.exp_name}: stopped after epoch {n}, best student kept; run the cell to go on"
-            )
-        loss_fn.student.load_state_dict(state.best)
+        except KeyboardInterrupt:
+            if in_notebook():  # the command line has its own words
+                say_how_to_go_on(cfg, state.history, folder)
+            raise
+        finally:
+            loss_fn.student.load_state_dict(state.best)
     return state.history
+
+
+def say_how_to_go_on(cfg, history, folder):
+    """What a notebook's stop button leaves, and how to go on from there."""
+    text = f"{cfg.exp_name}: stopped after {len(history)} of {cfg.n_epochs} epochs"
+    if folder:
+        text += "; every whole epoch is saved: run this cell again, and it goes on from there"
+    say(text)
 
 
 def facts_of_training(loss_fn, loader, history, folder=None):
@@ -3911,15 +3948,11 @@ class RunFolder:
     def _refuse_other_settings(self, saved, place):
         """UserError naming the facts in which a saved run differs from this one.
 
-        n_epochs may grow where neither the learning rate nor the loss depends on it: the run simply
-        goes on. The number of processes may differ where the run is finished.
+        The number of processes may differ where the run is finished.
         """
         was = {**saved["facts"], **saved["facts"]["config"]}
         now = {**self.facts, **self.facts["config"]}
-        may_differ = {"config", *BEHAVIOUR_KEYS}
-        constant = self.cfg.lr_schedule == "constant" and self.cfg.loss_schedule == "constant"
-        if constant and was.get("n_epochs", 0) < self.cfg.n_epochs:
-            may_differ.add("n_epochs")
+        may_differ = {"config"} | settings_that_may_differ(saved, self.cfg)
         if is_finished(saved["history"], self.cfg):
             may_differ.add("processes")
         different = []
@@ -3939,6 +3972,51 @@ class RunFolder:
                 f"{place} holds a run with other settings: {', '.join(different)}; "
                 f"{option('--fresh')} starts it again"
             )
+
+
+def check_folders(configs, data, out=None):
+    """Look at the run folders of several Configs before the first one is trained.
+
+    Raises UserError naming all stages whose folder holds a run of other settings, as after another
+    LENGTH. Only settings are compared; the rest is, when a stage is prepared.
+    """
+    different = []
+    for cfg in configs:
+        saved = None
+        with contextlib.suppress(UserError):  # damaged files are named when the stage is prepared
+            saved, _ = read_run(stage_folder(cfg, data, out))
+        if saved is None:
+            continue
+        keys = different_settings(saved, cfg)
+        if keys:
+            was = saved["facts"]["config"]
+            changes = [f"{key} {was.get(key)}, now {getattr(cfg, key, None)}" for key in keys]
+            different.append(f"{cfg.exp_name} ({some_of(changes)})")
+    if different:
+        raise UserError(
+            f"{stage_folder(configs[0], data, out).parent} holds runs with other settings: "
+            f"{', '.join(different)}. Go back to these settings, or delete or rename the folder"
+        )
+
+
+def different_settings(saved, cfg):
+    """The Config keys in which a saved run differs from `cfg` so that it cannot go on."""
+    was = saved["facts"]["config"]
+    now = json.loads(json.dumps(dataclasses.asdict(cfg)))
+    may_differ = settings_that_may_differ(saved, cfg)
+    return [key for key in {**was, **now} if key not in may_differ and was.get(key) != now.get(key)]
+
+
+def settings_that_may_differ(saved, cfg):
+    """The Config keys that may change when a saved run goes on as `cfg` says.
+
+    Among them n_epochs, which may grow where neither the learning rate nor the loss depends on it.
+    """
+    may_differ = set(BEHAVIOUR_KEYS)
+    constant = cfg.lr_schedule == "constant" and cfg.loss_schedule == "constant"
+    if constant and saved["facts"]["config"].get("n_epochs", 0) < cfg.n_epochs:
+        may_differ.add("n_epochs")
+    return may_differ
 
 
 def read_run(folder):
@@ -3992,6 +4070,13 @@ class Run:
     @property
     def name(self):
         return self.cfg.exp_name
+
+    @property
+    def label(self):
+        """Its name for tables and figures, which says so where the run is not finished."""
+        if self.finished:
+            return self.name
+        return f"{self.name} (unfinished: {len(self.history)} of {self.cfg.n_epochs} epochs)"
 
     @property
     def n_valid(self):
@@ -4176,6 +4261,7 @@ def prepare_stage(
         raise UserError(f"{cfg.exp_name} aligns no layers: set align_weights to use an alignment")
     loss_fn = DistillLoss(cfg, student, teacher, loss_fn_kd, alignment, loss_weights)
     loss_fn.on(device or pick_device())
+    say_if_module_changed()
     folder = RunFolder(stage_folder(cfg, data, out), loss_fn, data, fresh)
     if processes > 1:
         folder.facts["processes"] = processes
@@ -4519,6 +4605,25 @@ def introduce_teacher(teacher, split, n_images=200):
     return accuracy
 
 
+def module_source():
+    """This module's file as it is now; None where it cannot be read."""
+    try:
+        return Path(__file__).read_bytes()
+    except OSError:
+        return None
+
+
+SOURCE_WHEN_IMPORTED = module_source()
+
+
+def say_if_module_changed():
+    """Warn where this module's file was edited after its import: a notebook runs the old one."""
+    if module_source() != SOURCE_WHEN_IMPORTED:
+        say(
+            "WARNING: helpers.py was changed after its import: restart the kernel to use the change"
+        )
+
+
 # ==================================================================================================
 # 9  Submission
 # ==================================================================================================
@@ -4705,7 +4810,7 @@ def write_best(runs, data, out=None):
     on = f"({best.n_valid} images, {data.origin})"
     better = better_result(best)
     if better is None:
-        why = f"{best.name} has the best validation accuracy, {accuracy} {on}"
+        why = f"{best.label} has the best validation accuracy, {accuracy} {on}"
         return copy_submission(best.csv, data, out, why)
     result, csv_path = better
     name = result.name
@@ -5290,7 +5395,7 @@ def plot_history(runs, published=None):
     The bar at each best epoch is +- one standard error. published: {name: score}, which become
     thin lines.
     """
-    names = ", ".join(run.name for run in runs)
+    names = ", ".join(run.label for run in runs)
     title = f"learning curves of {names}: {runs[0].origin}"
     figure, axes = new_figure(title, 1, 2, 10, 3.6)
     loss_ax, accuracy_ax = axes[0]
@@ -5299,7 +5404,7 @@ def plot_history(runs, published=None):
         draw_history(loss_ax, run, "train_loss")
         draw_history(accuracy_ax, run, "valid_acc")
         draw_best(accuracy_ax, run)
-        best.append(f"{run.name} {plus_minus(run.valid_acc, run.n_valid)}")
+        best.append(f"{run.label} {plus_minus(run.valid_acc, run.n_valid)}")
     for name, score in (published or {}).items():
         color = stage_style(name)["color"]
         accuracy_ax.axhline(score, ls="-", lw=0.8, color=color, label=f"{name}, published")
@@ -5324,7 +5429,7 @@ def draw_history(ax, run, column):
     history = run.history
     some = max(1, len(history) // 8)  # a marker at each epoch would hide the line
     style = {**stage_style(run.name), "markersize": 5, "markevery": some, "lw": 1.6}
-    ax.plot(history["epoch"], history[column], label=run.name, **style)
+    ax.plot(history["epoch"], history[column], label=run.label, **style)
 
 
 def draw_best(ax, run):
@@ -5475,7 +5580,7 @@ def stage_table(runs, guesses=None):
     for run in runs:
         error = standard_error(run.valid_acc, run.n_valid)
         row = {
-            "stage": run.name,
+            "stage": run.label,
             # First what is compared, so that it is on a narrow screen too.
             "accuracy": round(run.valid_acc, 4),
             "+- s.e.": round(error, 4),
@@ -6149,7 +6254,7 @@ def texts_of(stream):
 
 def stop(process, patience=40):
     """End torchrun as Ctrl-C does; it ends its processes. After `patience` seconds by force."""
-    with contextlib.suppress(ProcessLookupError):
+    with contextlib.suppress(ProcessLookupError, ValueError):  # Windows knows no SIGINT
         process.send_signal(signal.SIGINT)
     try:
         process.wait(patience)
@@ -6174,9 +6279,13 @@ def why_it_ended(errors):
 
 
 def say(text):
-    """Print a line, from the first process only."""
+    """Print a line, from the first process only.
+
+    What the terminal cannot show (names may hold any byte) is written as an escape.
+    """
     if is_first_process():
-        printable = text.encode("utf-8", "backslashreplace").decode()  # names may hold any byte
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        printable = readable(text).encode(encoding, "backslashreplace").decode(encoding)
         print(printable, flush=True)
 
 
@@ -6243,7 +6352,31 @@ def progress_bar(total, desc, initial=0):
 
 
 KAGGLE_HOURS = 12
-SESSION_START = float(os.environ.get("HW13_SESSION_START") or time.time())
+
+
+def session_start():
+    """When this session began, in seconds since 1970.
+
+    On Kaggle that is when the machine's first process began: a restarted kernel, or a command in a
+    cell late in the session, has no new hours. Elsewhere, and where the system does not tell, it is
+    now, when the module is imported.
+    """
+    now = time.time()
+    if "HW13_SESSION_START" in os.environ:
+        return float(os.environ["HW13_SESSION_START"])
+    if not on_kaggle():
+        return now
+    try:
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+        # The 22nd field: ticks from the boot to the start. The second is a name in parentheses.
+        fields = Path("/proc/1/stat").read_text().rpartition(")")[2].split()
+        age = uptime - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError, AttributeError):
+        return now
+    return now - max(0.0, age)
+
+
+SESSION_START = session_start()
 
 
 class RunDisplay:
@@ -6301,7 +6434,7 @@ def time_is_up(cfg, history, device):
 
     Needed are the next epoch, a prediction (counted as one more epoch; it is shorter), and five
     minutes, or a tenth of a short limit. An epoch is taken to be as long as the longest so far. The
-    session began when this module was imported. The first of several processes decides.
+    session began at SESSION_START. The first of several processes decides.
     """
     hours = cfg.time_limit_h
     if not hours:
@@ -6377,7 +6510,8 @@ def locked(folder):
     """Hold a folder for the block, from the first process.
 
     UserError where another process holds it or it cannot be written. A killed process holds
-    nothing, for the system closes its files.
+    nothing, for the system closes its files. Where the file system knows no locks, that is said and
+    the block runs without one.
     """
     if not is_first_process():
         yield
@@ -6392,10 +6526,12 @@ def locked(folder):
         raise UserError(
             f"another run is working in {folder}: wait for it or choose another {option('--out')}"
         ) from None
-    except OSError as error:
-        raise UserError(
-            f"{folder} cannot be written ({error.strerror}); what was saved is intact"
-        ) from None
+    except (NotImplementedError, OSError) as error:
+        if not is_about_locks(error):
+            raise UserError(
+                f"{folder} cannot be written ({error.strerror}); what was saved is intact"
+            ) from None
+        say(f"WARNING: {folder} cannot be locked here: see that one run at a time works in it")
     try:
         yield
     finally:
@@ -6407,6 +6543,13 @@ def locked(folder):
         if is_new:
             with contextlib.suppress(OSError):  # it is not empty
                 folder.rmdir()
+
+
+def is_about_locks(error):
+    """Whether an error of a lock says that the file system has none."""
+    if isinstance(error, NotImplementedError):  # filelock's
+        return True
+    return error.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
 
 
 def check_writable(folder):
@@ -7179,6 +7322,8 @@ def main(argv=None):
 
     0; 2 for a mistake of the user; 130 when stopped.
     """
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal that cannot show a name ends no run
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         args = build_parser().parse_args(argv)
         args.function(args)

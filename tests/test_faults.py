@@ -3,12 +3,14 @@ the stop button.
 """
 
 import dataclasses
+import io
 import os
 import random
 import subprocess
 import sys
 import time
 import weakref
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -341,35 +343,145 @@ def test_the_limit_is_kaggles_own_there_and_none_elsewhere(monkeypatch, tmp_path
     assert h.time_is_up(cfg, [{"seconds": 5000}], cpu)
 
 
+def test_on_kaggle_the_session_began_with_the_machine_and_elsewhere_with_the_import(monkeypatch):
+    monkeypatch.delenv("HW13_SESSION_START", raising=False)
+    assert abs(h.session_start() - time.time()) < 1
+    monkeypatch.setattr(h, "on_kaggle", lambda: True)
+    if not Path("/proc/uptime").exists():
+        pytest.skip("the system does not tell when its processes began")
+    uptime = float(Path("/proc/uptime").read_text().split()[0])
+    age = time.time() - h.session_start()
+    assert 0 < age <= uptime + 1
+    # A name with blanks and parentheses does not move the fields.
+    texts = {"/proc/uptime": "5000.0 1.0", "/proc/1/stat": "1 (a b) c) S " + "0 " * 18 + "100000 0"}
+    monkeypatch.setattr(h.Path, "read_text", lambda path: texts[str(path)])
+    monkeypatch.setattr(h.os, "sysconf", lambda name: 100)
+    assert abs(time.time() - h.session_start() - 4000) < 1
+    texts["/proc/1/stat"] = "nonsense"
+    assert abs(h.session_start() - time.time()) < 1
+
+
+@pytest.mark.parametrize(
+    "error", [NotImplementedError("no flock"), OSError(38, "not implemented"), OSError(95, "no")]
+)
+def test_a_file_system_without_locks_is_said_and_the_run_goes_on(
+    error, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(h.filelock.FileLock, "acquire", failing(error))
+    with h.locked(tmp_path / "run"):
+        (tmp_path / "run/file").write_text("x")
+    assert "cannot be locked" in capsys.readouterr().out
+    monkeypatch.setattr(h.filelock.FileLock, "acquire", failing(OSError(30, "read-only")))
+    with pytest.raises(h.UserError, match="cannot be written"), h.locked(tmp_path / "run"):
+        pass
+
+
+def test_an_edited_module_is_noticed_in_a_running_kernel(food, tmp_path, monkeypatch, capsys):
+    data = h.find_data(food)
+    cfg = h.get_config("simple", **SMALL)
+    h.prepare_stage(cfg, data, out=tmp_path)
+    assert "restart the kernel" not in capsys.readouterr().out
+    monkeypatch.setattr(h, "SOURCE_WHEN_IMPORTED", b"as it was")
+    h.prepare_stage(cfg, data, out=tmp_path)
+    assert "restart the kernel" in capsys.readouterr().out
+
+
+def test_the_folders_of_all_stages_are_looked_at_before_the_first_trains(food, tmp_path):
+    """As after another LENGTH: n_epochs may grow for Simple, not under Strong's cosine."""
+    data = h.find_data(food)
+    simple_stage(data, tmp_path)
+    teacher = h.freeze(h.build_student(h.TEACHER_CONFIG))
+    small = SMALL | {"n_epochs": 1, "image_size": 40}
+    strong = h.get_config("strong", **small)
+    h.run_stage(strong, data, teacher, out=tmp_path)
+
+    longer = {"n_epochs": 9}
+    simple = h.get_config("simple", **(SMALL | longer))
+    h.check_folders([simple, strong], data, tmp_path)
+    configs = [simple, dataclasses.replace(strong, **longer)]
+    with pytest.raises(h.UserError, match=r"strong \(n_epochs 1, now 9\)") as error:
+        h.check_folders(configs, data, tmp_path)
+    assert "simple" not in str(error.value)
+    h.check_folders(configs, data, tmp_path / "elsewhere")
+
+
+# --- messages -------------------------------------------------------------------------------------
+
+
+def test_a_message_shows_no_invisible_characters_and_no_endless_words():
+    text = str(h.UserError("x\x1b[31m\u202ey\x00 " + "k" * 5000 + "\nend"))
+    assert "\\x1b[31m\\u202ey\\x00" in text
+    assert len(text) < 260
+    assert text.endswith("k\nend")
+    for character in text:
+        assert character.isprintable() or character == "\n"
+    assert h.readable("Gemüse/Obst 25 °C: 麺") == "Gemüse/Obst 25 °C: 麺"
+
+
+def test_what_a_terminal_cannot_show_ends_no_run(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    h.say("m\u00fcsli \udcff")
+    assert stream.buffer.getvalue() == b"m\\xfcsli \\udcff\n"
+
+
 # --- the stop button ------------------------------------------------------------------------------
 
 
-def test_the_stop_button_leaves_the_best_student_and_the_cell_goes_on(
-    food, tmp_path, monkeypatch, capsys
-):
-    _, wanted = train(food, tmp_path / "whole")
+def interrupted_at(monkeypatch, nth_view):
+    """In a notebook whose stop button is pressed while the nth batch of views is made."""
     original = h.BatchLoader.views_of
     calls = []
 
     def interrupted(loader, rows, draw=None):
         calls.append(1)
-        if len(calls) == 10:
+        if len(calls) == nth_view:
             raise KeyboardInterrupt
         return original(loader, rows, draw)
 
     def no_bar(total, desc, initial=0):
         return h.tqdm(total=total, disable=True)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(h.BatchLoader, "views_of", interrupted)
-        patch.setattr(h, "in_notebook", lambda: True)
-        patch.setattr(h, "progress_bar", no_bar)
-        run = simple_stage(h.find_data(food), tmp_path / "cut")
-    assert len(run.history) == 2
-    assert h.validate_submission(run.csv, 5) == 5
-    assert "stopped after epoch 2" in capsys.readouterr().out
+    monkeypatch.setattr(h.BatchLoader, "views_of", interrupted)
+    monkeypatch.setattr(h, "in_notebook", lambda: True)
+    monkeypatch.setattr(h, "progress_bar", no_bar)
+
+
+def test_the_stop_button_ends_the_queue_too_and_the_cell_goes_on_exactly(
+    food, tmp_path, monkeypatch, capsys
+):
+    _, wanted = train(food, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupted_at(patch, 10)
+        simple_stage(h.find_data(food), tmp_path / "cut")
+    said = capsys.readouterr().out
+    assert "simple: stopped after 2 of 4 epochs" in said
+    assert "run this cell again" in said
     again = simple_stage(h.find_data(food), tmp_path / "cut")
     assert h.state_checksum(again.student()) == wanted
+
+
+def test_an_interrupted_fit_leaves_its_best_weights_in_the_student(food, tmp_path, monkeypatch):
+    loss_fn, _, train_loader, valid = prepared(food, "simple")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupted_at(patch, 10)
+        h.fit(loss_fn, train_loader, valid, h.RunFolder(tmp_path / "run", loss_fn))
+    best = h.load_file(tmp_path / "run/student_best.ckpt")
+    assert same(h.copy_of_weights(loss_fn.student), best)
+
+
+def test_an_unfinished_stage_is_called_so_in_every_table_and_figure(food, tmp_path):
+    """Here the session's time ended it."""
+    run = simple_stage(h.find_data(food), tmp_path / "short", time_limit_h=1e-9)
+    whole = simple_stage(h.find_data(food), tmp_path / "whole")
+    assert not run.finished
+    words = f"simple (unfinished: {len(run.history)} of 4 epochs)"
+    assert run.label == words
+    assert list(h.stage_table([run, whole]).index) == [words, "simple"]
+    figure = h.plot_history([run, whole])
+    labels = [line.get_label() for line in figure.axes[1].lines]
+    assert words in labels
+    assert "simple" in labels
 
 
 def test_without_a_notebook_an_interrupt_stays_one(food, tmp_path, monkeypatch):
