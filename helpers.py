@@ -6990,7 +6990,7 @@ def learners_code(cell):
     if trained:
         guess = f"mine.guess({trained[1]}, None)  # TODO: your guess, for example 0.5"
         return [new_markdown(PREDICT), new_code(guess), cell]
-    if re.search("^import helpers", cell.source, re.MULTILINE):
+    if re.search(r"^\s*import helpers", cell.source, re.MULTILINE):
         return [cell, new_code("mine = h.Answers()")]
     return [cell]
 
