@@ -44,6 +44,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -517,10 +518,35 @@ def diff_configs(a, b):
 # ==================================================================================================
 
 SPLITS = ("training", "validation", "evaluation")
+# How the folder of a split may be called, in capitals too; the first of them that is there is read.
+SPELLINGS = {
+    "training": ("training", "train"),
+    "validation": ("validation", "valid", "val"),
+    "evaluation": ("evaluation", "eval", "testing", "test"),
+}
 TEACHER_FILE = "resnet18_teacher.ckpt"
 COMPETITION = "ml2023spring-hw13"
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
-# A split with more images that have no label, or that cannot be decoded, is refused.
+# Names that end like this are pictures'. Not all can be decoded: those that cannot are named then.
+JPEG_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".jp2", ".j2k", ".jpf", ".jpx", ".mpo"}
+OTHER_SUFFIXES = {
+    ".png",
+    ".apng",
+    ".webp",
+    ".gif",
+    ".bmp",
+    ".dib",
+    ".tif",
+    ".tiff",
+    ".avif",
+    ".ppm",
+}
+RARE_SUFFIXES = {".heic", ".heif", ".jxl", ".pgm", ".pbm", ".pnm", ".tga", ".psd", ".svg", ".eps"}
+RAW_SUFFIXES = {".dng", ".cr2", ".nef", ".arw", ".raw"}
+PICTURE_SUFFIXES = JPEG_SUFFIXES | OTHER_SUFFIXES | RARE_SUFFIXES | RAW_SUFFIXES
+ARCHIVE_SUFFIXES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
+# What file managers leave behind, beside files that begin with a dot.
+SYSTEM_FILES = ("thumbs.db", "desktop.ini")
+# A split with more images that have no label, that are empty or cannot be decoded, is refused.
 MAX_BAD_FRACTION = 0.05
 # The shade that stands for a picture which cannot be seen: near ImageNet's mean red, 0.485 x 255.
 NEUTRAL_GREY = 124
@@ -530,14 +556,15 @@ DEMO_WARNING = (
     "*** DEMO: drawn shapes, not photographs. No number below says anything about Food-11. ***\n"
 )
 
-# --- the files of a data folder -------------------------------------------------------------------
+# --- a data folder --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class FoodData:
     """The files of a data folder.
 
-    Lists are parallel and sorted by file name; labels are -1 where unknown.
+    Lists are parallel and sorted by file name; labels are -1 where unknown. A split that was not
+    read has empty ones.
     """
 
     root: Path
@@ -545,9 +572,9 @@ class FoodData:
     files: dict  # split -> [Path]
     labels: dict  # split -> [int]
     ids: dict  # split -> [str]
-    ignored: tuple  # stray files, names without a label, empty files
+    ignored: dict  # Path -> why it is not used; with `files` these are all files of the splits
     teacher_path: Path | None
-    class_folders: bool
+    class_folders: bool  # whether a split has a folder for each class
 
     @property
     def is_demo(self):
@@ -556,12 +583,12 @@ class FoodData:
 
     @property
     def is_homework(self):
-        """Whether it has the homework's layout and counts.
+        """Whether it is the homework's own data, a few files more or less.
 
         Then published scores may stand beside its own.
         """
-        counts = {split: len(files) for split, files in self.files.items()}
-        return counts == HOMEWORK_COUNTS and not self.class_folders
+        known = known_set(self)
+        return known is not None and known.counts == HOMEWORK_COUNTS
 
     @property
     def published_scores(self):
@@ -569,6 +596,11 @@ class FoodData:
         if self.is_homework:
             return PUBLISHED_SCORES
         return {}
+
+    @property
+    def has_evaluation_labels(self):
+        """Whether labels of evaluation images are known; the homework's are not."""
+        return any(label >= 0 for label in self.labels["evaluation"])
 
     def counts(self):
         """A DataFrame of the number of images by class and split.
@@ -587,27 +619,45 @@ class FoodData:
         has_images = table.sum(axis=1) > 0
         return table[has_images]
 
-    def describe(self):
-        """One paragraph: where, what, how many, what was ignored, whether there is a teacher."""
-        counts = ", ".join(f"{split} {len(self.files[split])}" for split in SPLITS)
+    def account(self):
+        """What the pictures are, where, how many, what was ignored and what is amiss, in lines."""
+        read = [split for split in SPLITS if self.files[split]]
+        counts = ", ".join(f"{split} {len(self.files[split])}" for split in read)
         text = f"{self.origin} in {self.root}: {counts}."
         if self.is_demo:
             text = DEMO_WARNING + text
+        if self.has_evaluation_labels:
+            text += " The labels of its evaluation images are known."
         if self.ignored:
-            names = sorted({path.name for path in self.ignored})
-            examples = ", ".join(names[:4])
-            n = len(self.ignored)
-            text += f" Ignored {n} stray, empty or unlabelled files ({examples}, ...)."
+            text += f" {self.ignored_in_words()}"
+        return "\n".join([text, *(f"WARNING: {sentence}" for sentence in what_is_amiss(self))])
+
+    def ignored_in_words(self):
+        """How many files are ignored and why, with some names."""
+        by_reason = {}
+        for path, why in self.ignored.items():
+            name = printable(path.relative_to(self.root).as_posix())
+            by_reason.setdefault(why, []).append(name)
+        reasons = []
+        for why, names in by_reason.items():
+            reasons.append(f"{why}: {len(names)} ({some_of(names)})")
+        return f"Ignored {counted(len(self.ignored), 'file')}, {'; '.join(reasons)}."
+
+    def describe(self):
+        """What `account` says, and in one more line whether there is a teacher."""
         if self.teacher_path is None:
-            return f"{text} No teacher's file {TEACHER_FILE} is with them."
-        return f"{text} A teacher's file is with them: {self.teacher_path}."
+            return f"{self.account()}\nNo teacher's file {TEACHER_FILE} is with them."
+        return f"{self.account()}\nA teacher's file is with them: {self.teacher_path}."
+
+
+# --- where it lies --------------------------------------------------------------------------------
 
 
 def find_data(root=None):
     """The FoodData to work on, or None where there is none.
 
     Looks, in this order, at: `root`; the variable HW13_DATA; every folder under /kaggle/input that
-    holds the splits (the competition's own before a public copy); ./Food-11; ./data/Food-11.
+    holds the splits (the competition's own before a public copy); Food-11 here or in data/.
     Raises UserError where the folder is not usable, and on Kaggle where no input is attached.
     """
     named = root or os.environ.get("HW13_DATA")
@@ -622,10 +672,24 @@ def find_data(root=None):
             f"no Food-11 under {kaggle_root() / 'input'}: press 'Add Input', attach the "
             f"competition '{COMPETITION}' (or a public copy of Food-11) and run again"
         )
-    for folder in (Path("Food-11"), Path("data/Food-11")):
-        if folder.is_dir():
-            return read_folder(folder)
+    nearby = [*food_folders(Path()), *food_folders(Path("data"))]
+    if nearby:
+        return read_folder(nearby[0])
     return None
+
+
+def food_folders(folder):
+    """What is called Food-11 in a folder, that very spelling first: folders, then archives."""
+    if not folder.is_dir():
+        return []
+    folders = []
+    archives = []
+    for path in sorted(folder.iterdir(), key=lambda path: (path.name != "Food-11", path.name)):
+        if path.is_dir() and letters_and_digits(path.name) == "food11":
+            folders.append(path)
+        elif is_archive(path) and letters_and_digits(path.stem) == "food11":
+            archives.append(path)
+    return folders + archives
 
 
 def walk_inputs():
@@ -637,78 +701,29 @@ def walk_inputs():
         all_names = set(names)
         kept = [name for name in names if not name.startswith(".")]
         # Splits hold thousands of pictures and nothing else.
-        if "validation" in all_names:
-            kept = [name for name in kept if name not in SPLITS]
+        if "validation" in map(split_of, names):
+            kept = [name for name in kept if split_of(name) is None]
         names[:] = kept  # os.walk goes into the folders that this list still holds
         yield Path(folder), all_names, files
 
 
 def attached_data_folders():
-    """Folders of any Kaggle input that hold splits: the competition's first, then by name."""
-    own = []
-    others = []
+    """Folders of any Kaggle input that hold splits.
+
+    The competition's come first, then those that spell the splits as Food-11 does, then by name.
+    """
+    found = []
     for folder, names, _ in walk_inputs():
-        if not {"training", "validation"} <= names:
-            continue
-        if COMPETITION in folder.parts:
-            own.append(folder)
-        else:
-            others.append(folder)
-    return sorted(own, key=str) + sorted(others, key=str)
+        if {"training", "validation"} <= set(map(split_of, names)):
+            is_own = COMPETITION in folder.parts
+            is_exact = {"training", "validation"} <= names
+            found.append((not is_own, not is_exact, str(folder), folder))
+    return [folder for *_, folder in sorted(found)]
 
 
 def attached_files(name):
     """Paths of the files called `name` in any Kaggle input, sorted; none elsewhere."""
     return sorted(folder / name for folder, _, files in walk_inputs() if name in files)
-
-
-def read_folder(root):
-    """The FoodData in `root` (training/, validation/, evaluation/).
-
-    See the README for the two layouts. Raises UserError for a missing or empty split, a stray or
-    missing class folder, a label out of range, or two files of a split with one id.
-    """
-    root = Path(root)
-    if not root.is_dir():
-        raise UserError(f"there is no folder {root}")
-    # The folder that holds Food-11 will do as well.
-    inner = root / "Food-11"
-    if inner.is_dir() and not (root / "training").is_dir():
-        root = inner
-    files = {}
-    labels = {}
-    ids = {}
-    ignored = []
-    for split in SPLITS:
-        if not (root / split).is_dir():
-            raise UserError(f"{root} has no folder '{split}'; wanted are {', '.join(SPLITS)}")
-        files[split], labels[split], ids[split], stray = read_split(root / split)
-        if not files[split]:
-            raise UserError(f"{root / split} holds no usable image (.jpg, .jpeg or .png)")
-        ignored += stray
-    data = FoodData(
-        root=root,
-        origin="",
-        files=files,
-        labels=labels,
-        ids=ids,
-        ignored=tuple(ignored),
-        teacher_path=teacher_file_near(root),
-        class_folders=bool(find_class_folders(root / "training")),
-    )
-    # Its origin depends on its counts, so it comes last.
-    return replace(data, origin=origin_of(data))
-
-
-def origin_of(data):
-    """What the pictures of a FoodData are, in words."""
-    if (data.root / DEMO_MARK).exists():
-        return "demo set (drawn, not photographs)"
-    if data.class_folders:
-        return "public copy of Food-11 (not the homework's split)"
-    if data.is_homework:
-        return "Food-11 of the homework"
-    return "own photographs (not Food-11)"
 
 
 def teacher_file_near(root):
@@ -723,33 +738,107 @@ def teacher_file_near(root):
     return None
 
 
-def find_class_folders(folder):
-    """{folder: label} of the class folders in a split, matched by name; {} for the flat layout.
+def data_root(root, needed=SPLITS):
+    """The folder that holds the needed splits: `root` or the only one in the two levels below it.
 
-    Raises UserError where a folder fits no class, and where a class has none or two.
+    A folder of pictures will do where one split is needed. Raises UserError where there is none.
     """
+    root = Path(os.path.expanduser(root))
+    if is_archive(root):
+        raise UserError(f"{root} is an archive: unpack it and name the folder that comes out")
+    if not root.is_dir():
+        raise UserError(f"there is no folder {root}")
+    if set(needed) <= set(split_folders(root)):
+        return root
+    if is_plain_folder(root, needed):
+        return root
+    level = [root]
+    for _ in range(2):
+        level = [inner for folder in level for inner in subfolders(folder)]
+        found = [folder for folder in level if set(needed) <= set(split_folders(folder))]
+        # The very name wins over others beside it.
+        found = [folder for folder in found if folder.name == "Food-11"] or found
+        if len(found) > 1:
+            raise UserError(f"{root} holds several data folders, {some_of(found)}: name one")
+        if found:
+            return found[0]
+    raise UserError(missing_splits(root, needed))
+
+
+def missing_splits(root, needed):
+    """The sentence for a folder without the needed splits: what is missing, what to do."""
+    there = split_folders(root)
+    missing = [split for split in needed if split not in there]
+    text = f"{root} has no folder '{missing[0]}'; wanted: {', '.join(needed)}"
+    archives = sorted(path.name for path in root.iterdir() if is_archive(path))
+    if archives:
+        return f"{text}. Unpack {printable(archives[0])} first"
+    if split_of(root.name):
+        return f"{text}. Name the folder above it"
+    return text
+
+
+def is_plain_folder(root, needed):
+    """Whether a folder is itself the one split that is needed: pictures or class folders."""
+    if len(needed) > 1 or split_folders(root):
+        return False
+    return holds_pictures(root) or any(class_of(path.name) is not None for path in subfolders(root))
+
+
+def is_archive(path):
+    """Whether a path is a packed file."""
+    return path.suffix.lower() in ARCHIVE_SUFFIXES and path.is_file()
+
+
+def subfolders(folder):
+    """The folders in a folder, sorted, without hidden and system ones."""
+    try:
+        entries = list(os.scandir(folder))
+    except PermissionError:
+        return []
+    paths = []
+    for entry in entries:
+        if is_folder(entry) and not entry.name.startswith((".", "__")):
+            paths.append(Path(entry.path))
+    return sorted(paths)
+
+
+def is_folder(entry):
+    """Whether an os.DirEntry is a folder or a link to one; a link to itself raises nothing."""
+    if entry.is_symlink():
+        return os.path.isdir(entry.path)
+    return entry.is_dir()
+
+
+def split_folders(folder):
+    """{split: its folders in `folder`}, the first spelling of SPELLINGS first."""
+    found = {}
+    for path in subfolders(folder):
+        split = split_of(path.name)
+        if split is not None:
+            found.setdefault(split, []).append(path)
+    for split, paths in found.items():
+        spellings = SPELLINGS[split]
+        paths.sort(key=lambda path: spellings.index(letters_and_digits(path.name)))
+    return found
+
+
+def split_of(name):
+    """The split that a folder's name spells, or None."""
+    for split, spellings in SPELLINGS.items():
+        if letters_and_digits(name) in spellings:
+            return split
+    return None
+
+
+def class_of(name):
+    """The label that a folder's name spells (Bread, noodles-pasta, 0, 00, ... 10), or None."""
     # Alphabetical positions would be wrong: spellings differ, and so does their order.
-    labels = {letters_and_digits(name): label for label, name in enumerate(CLASS_NAMES)}
-    folders = {}
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and not path.name.startswith((".", "__")):
-            folders[path] = labels.get(letters_and_digits(path.name))
-    if not folders:
-        return {}
-    # Everything that is amiss is named at once.
-    n_folders = Counter(folders.values())
-    amiss = []
-    for path, label in folders.items():
-        if label is None or n_folders[label] > 1:
-            amiss.append(path.name)
-    for label, name in enumerate(CLASS_NAMES):
-        if n_folders[label] == 0:
-            amiss.append(f"{name} (missing)")
-    if amiss:
-        raise UserError(
-            f"{folder}: wanted is one folder a class of Food-11; amiss are {', '.join(amiss)}"
-        )
-    return folders
+    plain = letters_and_digits(name)
+    for label, class_name in enumerate(CLASS_NAMES):
+        if plain in (letters_and_digits(class_name), str(label), f"{label:02d}"):
+            return label
+    return None
 
 
 def letters_and_digits(name):
@@ -757,57 +846,268 @@ def letters_and_digits(name):
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-def read_split(folder):
-    """(files, labels, ids, ignored files) of a split's folder in either layout.
+# --- what it holds --------------------------------------------------------------------------------
 
-    Files are sorted by path. An evaluation image is kept even if it is empty, for its row belongs
-    to the CSV.
+# Why a file of a split's folder is not used.
+HIDDEN = "hidden or the system's"
+MISPLACED = "in folders where no picture is expected"
+LOOSE = "beside the class folders"
+SECOND_FOLDER = "in a second folder of the split"
+UNUSABLE_SPLIT = "in a split that cannot be used"
+BROKEN_LINK = "broken links"
+NOT_A_FILE = "no regular files"
+NO_PICTURE = "no pictures"
+EMPTY = "empty"
+NO_LABEL = "without a label in their name"
+
+SplitFiles = namedtuple("SplitFiles", "files labels ids ignored class_folders")
+UNREAD = SplitFiles([], [], [], {}, False)
+
+
+def read_folder(root, needed=SPLITS):
+    """The FoodData in `root` (training/, validation/, evaluation/).
+
+    See the README for the layouts. needed: the splits that must be there and usable; others are
+    read where they are. Raises UserError for a missing or empty split, a stray or missing class
+    folder, a label out of range, an evaluation image that cannot be read, or two files of a split
+    with one id.
     """
-    is_evaluation = folder.name == "evaluation"
-    class_folders = find_class_folders(folder)
-    files = []
-    labels = []
-    ignored = []
-    unlabelled = []
-    for path in files_in(class_folders or [folder]):
-        if not is_image_file(path, may_be_empty=is_evaluation):
-            ignored.append(path)
-            continue
-        if class_folders:
-            label = class_folders[path.parent]
-        elif is_evaluation:
-            label = -1
-        else:
-            label = label_in_name(path)
-        if label is None:
-            unlabelled.append(path)
-            continue
-        if is_evaluation and not path.name.isprintable():
-            raise UserError(f"{ascii(str(path))} has a name that is no text: rename it")
-        files.append(path)
-        labels.append(label)
-    check_few_unlabelled(unlabelled, len(files))
-    ids = [path.stem for path in files]
-    # Files of two classes may have one name, so they are numbered.
+    root = data_root(root, needed)
+    folders = split_folders(root)
+    if is_plain_folder(root, needed):
+        folders = {needed[0]: [root]}
+    splits = {}
+    for split in SPLITS:
+        splits[split] = read_split_if_usable(folders.get(split, []), split, split in needed)
+    ignored = {}
+    for found in splits.values():
+        ignored |= found.ignored
+    data = FoodData(
+        root=root,
+        origin="",
+        files={split: found.files for split, found in splits.items()},
+        labels={split: found.labels for split, found in splits.items()},
+        ids={split: found.ids for split, found in splits.items()},
+        ignored=ignored,
+        teacher_path=teacher_file_near(root),
+        class_folders=any(found.class_folders for found in splits.values()),
+    )
+    # Its origin depends on its counts, so it comes last.
+    return replace(data, origin=origin_of(data))
+
+
+def read_split_if_usable(folders, split, needed):
+    """`read_split`; where the split is not needed, what is amiss with it is no error."""
+    if needed:
+        return read_split(folders, split)
+    try:
+        if folders:
+            return read_split(folders, split)
+    except UserError:
+        paths = [path for folder in folders for path in paths_below(folder)]
+        return UNREAD._replace(ignored=dict.fromkeys(paths, UNUSABLE_SPLIT))
+    return UNREAD
+
+
+def read_split(folders, split):
+    """The SplitFiles of a split in either layout; of several folders only the first is used.
+
+    Files are sorted by path. Every file below the folders is either used or ignored for a reason.
+    """
+    folder, *others = folders
+    home = without_doubling(folder)
+    class_folders = find_class_folders(home)
+    files, ignored = sort_out(folder, home, class_folders, split)
+    for other in others:
+        ignored |= dict.fromkeys(paths_below(other), SECOND_FOLDER)
+    if split == "evaluation":
+        check_evaluation_files(files, ignored)
+        keep_ids_without_picture(files, ignored)
+    else:
+        check_few(ignored, (EMPTY, BROKEN_LINK), files, 1, "are empty or broken links")
     if class_folders:
+        # A loose evaluation picture has a row, but no label.
+        labels = [class_folders.get(path.parent, -1) for path in files]
+        # Files of two classes may have one name, so they are numbered.
         ids = [f"{i:04d}" for i in range(len(files))]
+    else:
+        if split == "evaluation":
+            labels = evaluation_labels(files)
+        else:
+            files, labels = labelled_by_name(files, ignored)
+        ids = [path.stem for path in files]
+    if not files:
+        raise UserError(f"{folder} holds no usable image")
     check_unique(ids, folder)
-    return files, labels, ids, ignored + unlabelled
+    return SplitFiles(files, labels, ids, dict(sorted(ignored.items())), bool(class_folders))
 
 
-def files_in(folders):
-    """The files that lie directly in any of the folders, sorted by path."""
+def without_doubling(folder):
+    """The folder that a split's files are in: its own, or the one in it that holds them all."""
+    for _ in range(2):
+        inside = subfolders(folder)
+        if len(inside) != 1 or class_of(inside[0].name) is not None or holds_pictures(folder):
+            break
+        folder = inside[0]
+    return folder
+
+
+def holds_pictures(folder):
+    """Whether pictures lie directly in a folder."""
+    for path in folder.iterdir():
+        if not path.name.startswith(".") and path.is_file() and is_picture(path):
+            return True
+    return False
+
+
+def find_class_folders(folder):
+    """{folder: label} of the class folders in a split, matched by name; {} for the flat layout.
+
+    Raises UserError where a folder fits no class, and where a class has none or two.
+    """
+    folders = {path: class_of(path.name) for path in subfolders(folder)}
+    if not folders:
+        return {}
+    n_folders = Counter(folders.values())
+    n_classes = len(set(folders.values()) - {None})
+    # Few beside pictures are strays in the flat layout.
+    if n_classes < NUM_CLASSES / 2 and holds_pictures(folder):
+        return {}
+    # Everything that is amiss is named at once.
+    amiss = []
+    for path, label in folders.items():
+        if label is None or n_folders[label] > 1:
+            amiss.append(printable(path.name))
+    for label, name in enumerate(CLASS_NAMES):
+        if n_folders[label] == 0:
+            amiss.append(f"{name} (missing)")
+    if amiss:
+        raise UserError(
+            f"{folder}: wanted is one folder a class of Food-11, by name or number (0 to "
+            f"{NUM_CLASSES - 1}); amiss are {some_of(amiss, 6)}"
+        )
+    return folders
+
+
+def sort_out(folder, home, class_folders, split):
+    """([picture], {other file: why it is ignored}) of all files below a split's folder, sorted."""
+    homes = set(class_folders) or {home}
+    if split == "evaluation":
+        homes.add(home)  # so that a picture beside the class folders keeps its row
+    files = []
+    ignored = {}
+    for path in paths_below(folder, homes):
+        why = None
+        if is_hidden(path.relative_to(folder)):
+            why = HIDDEN
+        elif path.parent in homes:
+            why = why_no_picture(path, may_be_empty=split == "evaluation")
+        elif path.parent == home:
+            why = LOOSE
+        else:
+            why = MISPLACED
+        if why is None:
+            files.append(path)
+        else:
+            ignored[path] = why
+    return files, ignored
+
+
+def paths_below(folder, homes=()):
+    """All paths below a folder that are no folders, sorted.
+
+    Links to folders are not followed, and count as files, unless they are among `homes`.
+    """
     paths = []
-    for folder in folders:
-        paths += [path for path in folder.iterdir() if path.is_file()]
+    for entry in os.scandir(folder):
+        path = Path(entry.path)
+        if is_folder(entry) and (path in homes or not entry.is_symlink()):
+            paths += paths_below(path, homes)
+        else:
+            paths.append(path)
     return sorted(paths)
 
 
-def is_image_file(path, may_be_empty):
-    """Whether a file is an image by its name; macOS leaves hidden files that only look like it."""
-    if path.name.startswith(".") or path.suffix.lower() not in IMAGE_SUFFIXES:
+def is_hidden(path):
+    """Whether a relative path is one that systems leave: .DS_Store, ._a.jpg, __MACOSX/a.jpg."""
+    if any(part.startswith(".") for part in path.parts):
+        return True
+    if any(part.startswith("__") for part in path.parent.parts):
+        return True
+    return path.name.lower() in SYSTEM_FILES
+
+
+def why_no_picture(path, may_be_empty):
+    """Why a file cannot be an image of its split, or None where it can."""
+    try:
+        status = path.stat()
+    except OSError:
+        return BROKEN_LINK
+    if not stat.S_ISREG(status.st_mode):
+        return NOT_A_FILE
+    if not is_picture(path):
+        return NO_PICTURE
+    if status.st_size == 0 and not may_be_empty:
+        return EMPTY
+    return None
+
+
+def is_picture(path):
+    """Whether a file is a picture by the end of its name, or else by its first bytes."""
+    if path.suffix.lower() in PICTURE_SUFFIXES:
+        return True
+    try:
+        with warnings.catch_warnings(), Image.open(path, formats=picture_formats()):
+            return True
+    except Image.UnidentifiedImageError:
         return False
-    return may_be_empty or path.stat().st_size > 0
+    # It is known for a picture, but a bomb, or cannot be read now: decoding will say so.
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return True
+
+
+def check_evaluation_files(files, ignored):
+    """UserError where the row of an evaluation image would be lost, or its id is no text."""
+    lost = [path for path, why in ignored.items() if why in (BROKEN_LINK, NOT_A_FILE)]
+    if lost:
+        raise UserError(
+            f"{counted(len(lost), 'evaluation image')} cannot be read, being broken links or no "
+            f"files ({some_of([printable(path) for path in lost], 2)}): put the pictures there, "
+            "for each needs its row"
+        )
+    for path in files:
+        if not path.name.isprintable():
+            raise UserError(f"{ascii(str(path))} has a name that is no text: rename it")
+
+
+def keep_ids_without_picture(files, ignored):
+    """Move evaluation files that are no pictures, but alone have an id, from `ignored` to `files`.
+
+    They cannot be decoded and become grey, so that their rows stay in the CSV.
+    """
+    taken = {path.stem for path in files}
+    for path, why in list(ignored.items()):
+        is_id = re.fullmatch(r"\d+(_\d+)?", path.stem)
+        if why == NO_PICTURE and is_id and path.stem not in taken:
+            taken.add(path.stem)
+            files.append(path)
+            del ignored[path]
+    files.sort()
+
+
+def labelled_by_name(files, ignored):
+    """(files, labels) of those files that have a label in their name; others go to `ignored`."""
+    labelled = []
+    labels = []
+    for path in files:
+        label = label_in_name(path)
+        if label is None:
+            ignored[path] = NO_LABEL
+            continue
+        labelled.append(path)
+        labels.append(label)
+    check_few(ignored, (NO_LABEL,), labelled, 0, "have no label in their name (<label>_<n>.jpg)")
+    return labelled, labels
 
 
 def label_in_name(path):
@@ -821,13 +1121,30 @@ def label_in_name(path):
     return label
 
 
-def check_few_unlabelled(unlabelled, n_labelled):
-    """UserError where many images of a split have no label: its names mean something else."""
-    n = len(unlabelled)
-    if n > MAX_BAD_FRACTION * (n_labelled + n):
-        raise UserError(
-            f"{n} images have no label in their name (<label>_<n>.jpg): {unlabelled[0]}, ..."
-        )
+def evaluation_labels(files):
+    """Labels of evaluation images, -1 where unknown.
+
+    In the original distribution they are called <label>_<n>.jpg. Where more than a few are not,
+    such names mean something else, and none is known.
+    """
+    labels = []
+    for path in files:
+        number = re.fullmatch(r"(\d\d?)_\d+", path.stem)
+        label = -1
+        if number and int(number[1]) < NUM_CLASSES:
+            label = int(number[1])
+        labels.append(label)
+    if labels.count(-1) > MAX_BAD_FRACTION * len(labels):
+        return [-1] * len(labels)
+    return labels
+
+
+def check_few(ignored, reasons, files, allowed, what):
+    """UserError where more than `allowed`, and than a few of a split's images, are ignored."""
+    bad = [path for path, why in ignored.items() if why in reasons]
+    n = len(bad) + len(files)
+    if len(bad) > max(allowed, MAX_BAD_FRACTION * n):
+        raise UserError(f"{len(bad)} of {n} images {what}: {printable(bad[0])}, ...")
 
 
 def check_unique(ids, folder):
@@ -835,6 +1152,171 @@ def check_unique(ids, folder):
     for name, n in Counter(ids).items():
         if n > 1:
             raise UserError(f"{folder} holds two images with the id {name}")
+
+
+def printable(name):
+    """A name or path as text, signs that cannot be seen escaped."""
+    text = str(name)
+    if not text.isprintable():
+        text = ascii(text)[1:-1]
+    if len(text) > 160:
+        text = f"{text[:80]}...{text[-77:]}"
+    return text
+
+
+def counted(n, noun):
+    """`1 file`, `2,218 files`."""
+    if n == 1:
+        return f"1 {noun}"
+    return f"{n:,} {noun}s"
+
+
+# --- what the pictures are, and what is amiss with them -------------------------------------------
+
+# labels: what may be known of the evaluation images' labels; None where there are no such images.
+KnownSet = namedtuple("KnownSet", "name counts labels")
+ORIGINAL_COUNTS = {"training": 9866, "validation": 3430, "evaluation": 3347}
+KNOWN_SETS = (
+    KnownSet("Food-11 of the homework", HOMEWORK_COUNTS, (False, None)),
+    KnownSet("Food-11 of homework 13 of 2022", ORIGINAL_COUNTS, (False,)),
+    KnownSet(
+        "Food-11, its original distribution (not the homework's split)", ORIGINAL_COUNTS, (True,)
+    ),
+    KnownSet("Food-11 in its original split (not the homework's)", ORIGINAL_COUNTS, (None,)),
+)
+PUBLIC_COPY = "public copy of Food-11 (not the homework's split)"
+
+
+def origin_of(data):
+    """What the pictures of a FoodData are, in words."""
+    if (data.root / DEMO_MARK).exists():
+        return "demo set (drawn, not photographs)"
+    known = known_set(data)
+    is_original = known is None or known.counts == ORIGINAL_COUNTS
+    if data.class_folders and is_original:
+        return PUBLIC_COPY
+    if known is not None:
+        if differing_counts(data, known):
+            return f"{known.name}, with other counts"
+        return known.name
+    if data.has_evaluation_labels:
+        return "pictures named as in Food-11's original distribution (not the homework's split)"
+    return "own photographs (not Food-11)"
+
+
+def known_set(data):
+    """The KnownSet whose counts the splits have, or nearly have; None for other pictures.
+
+    Near are counts of which two are equal or all within 5 %. The known sets are further apart.
+    """
+    has_labels = None
+    if data.files["evaluation"]:
+        has_labels = data.has_evaluation_labels
+    read = [split for split in SPLITS if data.files[split]]
+    for known in KNOWN_SETS:
+        if has_labels not in known.labels:
+            continue
+        wrong = differing_counts(data, known)
+        far = [split for split in wrong if abs(wrong[split]) > 0.05 * known.counts[split]]
+        if not wrong or (len(read) == 3 and (len(wrong) < 2 or not far)):
+            return known
+    return None
+
+
+def differing_counts(data, known):
+    """{split: how many images it has more than in a KnownSet} where it was read and differs."""
+    more = {}
+    for split, wanted in known.counts.items():
+        n = len(data.files[split])
+        if n not in (0, wanted):
+            more[split] = n - wanted
+    return more
+
+
+def what_is_amiss(data):
+    """Sentences on what is probably wrong with a FoodData that can be used all the same."""
+    sentences = []
+    known = known_set(data)
+    if known is not None and differing_counts(data, known):
+        sentences.append(describe_difference(data, known))
+    absent = set(range(NUM_CLASSES)) - set(data.labels["training"])
+    if data.files["training"] and absent:
+        names = some_of([CLASS_NAMES[label] for label in sorted(absent)], NUM_CLASSES)
+        sentences.append(f"no training image of {names}: the student cannot learn it")
+    odd = odd_ids(data.ids["evaluation"])
+    if odd:
+        sentences.append(
+            f"{counted(len(odd), 'evaluation id')} unlike the others, perhaps copies "
+            f"({some_of([quoted(name) for name in odd])}): each gets a row"
+        )
+    if known is None or differing_counts(data, known):  # a known set is as it is
+        for (split, other), n in copies_between_splits(data.files).items():
+            sentences.append(
+                f"{n:,} of {counted(len(data.files[split]), f'{split} image')} "
+                f"are byte for byte {other} images too, which flatters the accuracy on them"
+            )
+    return sentences
+
+
+def describe_difference(data, known):
+    """What a folder has more and less than the KnownSet that it nearly is."""
+    parts = []
+    for split in differing_counts(data, known):
+        parts.append(f"{split} {len(data.files[split]):,} of {known.counts[split]:,}")
+    text = f"nearly {known.name}, but not whole: {', '.join(parts)}"
+    if known.counts == HOMEWORK_COUNTS and data.ids["evaluation"]:
+        there = set(data.ids["evaluation"])
+        wanted = [f"{i:04d}" for i in range(HOMEWORK_COUNTS["evaluation"])]
+        missing = [name for name in wanted if name not in there]
+        if missing:
+            text += f"; {counted(len(missing), 'evaluation image')} missing ({some_of(missing)})"
+    return text
+
+
+def odd_ids(ids):
+    """The ids of another form than nearly all, as `0001 (1)` among `0000`, `0001`, ..."""
+    if not ids:
+        return []
+    forms = [re.sub(r"\d+", "0", name) for name in ids]
+    usual, n_usual = Counter(forms).most_common(1)[0]
+    # Own photographs may have any names.
+    if n_usual < 0.75 * len(ids):
+        return []
+    return [name for name, form in zip(ids, forms, strict=True) if form != usual]
+
+
+def copies_between_splits(files):
+    """{(split, earlier split): how many of its files are byte for byte one of the earlier's}.
+
+    files: split -> [Path]. Only files of one size are opened, and read whole if they end alike.
+    """
+    n_copies = Counter()
+    for of_one_size in shared_groups(files, lambda path: path.stat().st_size):
+        for of_one_end in shared_groups(of_one_size, lambda path: ends_digest(path, 4096)):
+            for equal in shared_groups(of_one_end, ends_digest):
+                for earlier, split in itertools.combinations(equal, 2):
+                    n_copies[split, earlier] += len(equal[split])
+    return dict(n_copies)
+
+
+def shared_groups(files, key):
+    """The groups {split: [Path]} of files with one key that lie in more than one split."""
+    groups = {}
+    for split, paths in files.items():
+        for path in paths:
+            groups.setdefault(key(path), {}).setdefault(split, []).append(path)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def ends_digest(path, n_bytes=None):
+    """A digest of a file's last bytes, or of all; the path itself where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            if n_bytes is not None:
+                file.seek(max(0, path.stat().st_size - n_bytes))
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError:
+        return path
 
 
 # --- one picture at a time: the course's Dataset, the reference -----------------------------------
@@ -1216,11 +1698,11 @@ def leave_out(failures, cached):
     """
     n = len(cached.states)
     places = sorted(failures)
-    reasons = "; ".join(failures[i] for i in places[:5])
-    text = f"{len(failures)} of {n} images: {reasons}"
     if len(failures) > max(1, MAX_BAD_FRACTION * n):
-        raise UserError(f"cannot use {text}")
-    say(f"WARNING: left out {text}")
+        reasons = "; ".join(failures[i] for i in places[:5])
+        raise UserError(f"cannot use {len(failures)} of {n} images: {reasons}")
+    for i in places:
+        say(f"WARNING: {failures[i]}; left out")
     cached.states[places] = LEFT_OUT
     keep = cached.states.nonzero()[:, 0].tolist()
     # Each image moves forward or stays, so none is overwritten before it has moved.
@@ -4791,9 +5273,10 @@ def write_predictions(student, data, cfg, path, device, tta=False):
         write_submission(path, split.ids, classes)
         # Against the folder's ids, not the split's: a row must not be lost on the way.
         validate_submission(path, data.ids["evaluation"])
-    if (split.labels >= 0).all():
-        accuracy = (classes == split.labels).double().mean().item()
-        n = len(classes)
+    known = split.labels >= 0
+    n = int(known.sum())
+    if n > 0:
+        accuracy = (classes == split.labels)[known].double().mean().item()
         say(f"accuracy on {n} evaluation images of {data.origin}: {plus_minus(accuracy, n)}")
     return split
 
@@ -4802,8 +5285,8 @@ def write_best(runs, data, out=None):
     """Copy the CSV of the best run by validation accuracy to submission.csv and return its path.
 
     The stages of earlier calls in the same folder count too, if their images were the same. For the
-    demo set it is submission_demo.csv. A public copy of Food-11 gets none, for its ids are
-    not the homework's: None is returned and that is said.
+    demo set it is submission_demo.csv. Where the labels of the evaluation images are known, they
+    are not the homework's: None is returned and that is said.
     """
     best = best_run(runs)
     accuracy = plus_minus(best.valid_acc, best.n_valid)
@@ -4827,12 +5310,12 @@ def write_best(runs, data, out=None):
 def copy_submission(csv_path, data, out, why):
     """Copy a CSV to submission.csv (submission_demo.csv for the demo set) and say why.
 
-    Returns the path, or None for a public copy.
+    Returns the path, or None where the labels of the evaluation images are known.
     """
-    if data.class_folders:
+    if data.has_evaluation_labels:
         say(
-            "no submission.csv: the evaluation images of a public copy of Food-11 "
-            "are not the homework's"
+            "no submission.csv: the labels of these evaluation images are known, "
+            "so they are not the homework's"
         )
         return None
     name = "submission.csv"
@@ -7272,7 +7755,7 @@ def run_command(args):
 
 
 def evaluate_command(args):
-    data = read_folder(args.data)
+    data = read_folder(args.data, needed=("validation",))
     device = pick_device()
     student, cfg = load_student(args.checkpoint, device)
     facts = json.loads(Path(args.checkpoint).with_name("config.json").read_text())
@@ -7281,6 +7764,7 @@ def evaluate_command(args):
             f"{args.checkpoint} was trained on the validation images too: "
             "it has no validation accuracy"
         )
+    say(data.account())
     split = load_data(data, "validation", "eval", cfg.image_size)
     score = evaluate(student, BatchLoader(split, cfg, device, batch_size=256))
     if not math.isfinite(score["valid_loss"]):
@@ -7295,10 +7779,11 @@ def predict_command(args):
     if not out.name or out.is_dir():
         raise UserError(f"--out {args.out} is a folder: name a CSV file")
     check_writable(out.parent)
-    data = read_folder(args.data)
+    data = read_folder(args.data, needed=("evaluation",))
     device = pick_device()
     student, cfg = load_student(args.checkpoint, device)
     check_budget(student)
+    say(data.account())
     write_predictions(student, data, cfg, out, device, args.tta)
     print(f"{args.out}: {len(data.ids['evaluation'])} rows, {data.origin}")
 
