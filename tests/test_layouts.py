@@ -1,0 +1,255 @@
+"""Folders as people have them: every file is used or named, labels are right however they are
+spelled, and what the pictures are is said rightly.
+"""
+
+import os
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import save_picture
+
+import helpers as h
+
+ENDINGS = (".jpg", ".JPG", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif")
+FORMATS = {".jpe": "JPEG", ".jfif": "JPEG", ".tif": "TIFF"}
+
+
+def picture(path, seed=0):
+    """A small picture whose ending may be any."""
+    kind = FORMATS.get(path.suffix.lower())
+    options = {} if kind is None else {"format": kind}
+    return save_picture(path, seed, (12, 10), **options)
+
+
+def every_file(root):
+    """All paths below the splits' folders that are no folders, links included."""
+    found = set()
+    for folder, _, names in os.walk(root):
+        if Path(folder) != root:
+            found |= {Path(folder) / name for name in names}
+    return found
+
+
+def used(data):
+    """All files that a FoodData uses."""
+    return [path for paths in data.files.values() for path in paths]
+
+
+def add_strays(folder, rng):
+    """Put some of what lies about in real folders into a split's folder."""
+    strays = (
+        lambda: (folder / ".DS_Store").write_bytes(b"x"),
+        lambda: (folder / "Thumbs.db").write_bytes(b"x"),
+        lambda: (folder / "notes.txt").write_text("to do"),
+        lambda: (folder / "._0_1.jpg").write_bytes(b"x"),
+        lambda: picture(folder / "old" / "0_7.jpg", 3),
+        lambda: picture(folder / "__MACOSX" / "0_8.jpg", 4),
+        lambda: (folder / "labels.csv").write_text("a,b"),
+    )
+    for stray in rng.sample(strays, rng.randint(0, len(strays))):
+        stray()
+
+
+def flat_split(folder, rng, n, name_of):
+    for i in range(n):
+        picture(folder / (name_of(i) + rng.choice(ENDINGS)), i)
+
+
+def made_up_folder(root, rng):
+    """A data folder in a layout that is drawn; {split: number of pictures that must be used}."""
+    expected = {}
+    by_class = rng.random() < 0.5
+    for split in h.SPLITS:
+        folder = root / split
+        flat = not by_class or (split == "evaluation" and rng.random() < 0.5)
+        if flat and split == "evaluation":
+            expected[split] = rng.randint(3, 6)
+            flat_split(folder, rng, expected[split], "{:04d}".format)
+        elif flat:
+            expected[split] = 11
+            flat_split(folder, rng, 11, "{}_1".format)
+        else:
+            expected[split] = 11
+            for label, name in enumerate(h.CLASS_NAMES):
+                spelled = name.replace("/", rng.choice("-_ "))
+                picture(folder / spelled / f"a{rng.choice(ENDINGS)}", label)
+        if flat or split != "evaluation":
+            add_flat_or_class_strays(folder, rng, flat)
+    return expected
+
+
+def add_flat_or_class_strays(folder, rng, flat):
+    """Strays that do not change which layout a split has."""
+    if flat:
+        add_strays(folder, rng)
+        return
+    (folder / "readme.txt").write_text("x")
+    first = sorted(path for path in folder.iterdir() if path.is_dir())[0]
+    if rng.random() < 0.5:
+        picture(first / "deeper" / "b.jpg", 5)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_no_file_is_used_twice_or_goes_unsaid(tmp_path, seed):
+    rng = random.Random(seed)
+    expected = made_up_folder(tmp_path / "Food-11", rng)
+    data = h.read_folder(tmp_path / "Food-11")
+    files = used(data)
+    assert len(files) == len(set(files))
+    assert not set(files) & set(data.ignored)
+    assert set(files) | set(data.ignored) == every_file(tmp_path / "Food-11")
+    assert {split: len(paths) for split, paths in data.files.items()} == expected
+    if data.ignored:
+        assert f"Ignored {h.counted(len(data.ignored), 'file')}" in data.account()
+        for why in set(data.ignored.values()):
+            assert why in data.account()
+
+
+@pytest.mark.parametrize("seed", range(15))
+def test_labels_are_those_of_the_folders_however_they_are_spelled(tmp_path, seed):
+    rng = random.Random(seed)
+    spell_class = rng.choice(
+        [
+            lambda label: h.CLASS_NAMES[label].replace("/", "-").upper(),
+            lambda label: h.CLASS_NAMES[label].replace("/", "_").replace(" ", "_").lower(),
+            str,
+            "{:02d}".format,
+        ]
+    )
+    names = rng.choice(
+        [
+            ("train", "valid", "test"),
+            ("Training", "Validation", "Evaluation"),
+            ("train", "val", "eval"),
+        ]
+    )
+    root = tmp_path / rng.choice(["Food-11", "archive/food11", "Food-11/Food-11"])
+    for name in names:
+        for label in range(h.NUM_CLASSES):
+            picture(root / name / spell_class(label) / f"{label}.jpg", label)
+    data = h.read_folder(tmp_path / root.relative_to(tmp_path).parts[0])
+    for split in h.SPLITS:
+        assert [int(path.stem) for path in data.files[split]] == data.labels[split]
+        assert sorted(data.labels[split]) == list(range(h.NUM_CLASSES))
+    assert data.has_evaluation_labels
+
+
+def test_an_evaluation_image_never_loses_its_row_in_silence(food):
+    (food / "evaluation/0005.webp").write_bytes(b"no picture")
+    picture(food / "evaluation/0006.jfif")
+    (food / "evaluation/0007").write_bytes(b"x")  # an id without an ending
+    data = h.read_folder(food)
+    assert data.ids["evaluation"] == [f"{i:04d}" for i in range(8)]
+
+    (food / "evaluation/0008.jpg").symlink_to(food / "nowhere.jpg")
+    with pytest.raises(h.UserError, match="0008.jpg"):
+        h.read_folder(food)
+
+
+def test_broken_links_and_loose_pictures_are_named(food):
+    (food / "training/3_9.jpg").symlink_to(food / "nowhere.jpg")
+    data = h.read_folder(food)
+    assert data.ignored == {food / "training/3_9.jpg": h.BROKEN_LINK}
+    assert "training/3_9.jpg" in data.account()
+
+
+def test_run_predict_and_evaluate_say_the_same_of_what_is_ignored(
+    food, teacher_file, tmp_path, capsys
+):
+    (food / "training/notes.txt").write_text("x")
+    (food / "evaluation/list.txt").write_text("x")
+    settings = ["--set", "image_size=64", "--set", "n_epochs=1"]
+    out = str(tmp_path / "out")
+    where = ["--data", str(food)]
+    said = []
+    assert h.main(["run", *where, "--out", out, "--stages", "simple", *settings]) == 0
+    said.append(capsys.readouterr().out)
+    student = ["--checkpoint", f"{out}/simple/student_best.ckpt"]
+    assert h.main(["evaluate", *where, *student]) == 0
+    said.append(capsys.readouterr().out)
+    assert h.main(["predict", *where, *student, "--out", str(tmp_path / "my.csv")]) == 0
+    said.append(capsys.readouterr().out)
+    for text in said:
+        assert "Ignored 2 files, no pictures: 2 (training/notes.txt, evaluation/list.txt)." in (
+            text.replace(
+                "evaluation/list.txt, training/notes.txt", "training/notes.txt, evaluation/list.txt"
+            )
+        )
+
+
+def test_each_command_asks_for_what_it_reads(food, teacher_file, tmp_path):
+    settings = ["--set", "image_size=64", "--set", "n_epochs=1"]
+    out = str(tmp_path / "out")
+    run = ["run", "--data", str(food), "--out", out, "--stages", "simple", *settings]
+    assert h.main(run) == 0
+    student = ["--checkpoint", f"{out}/simple/student_best.ckpt"]
+    alone = tmp_path / "alone"
+    shutil.copytree(food / "validation", alone / "validation")
+    assert h.main(["evaluate", "--data", str(alone), *student]) == 0
+    plain = tmp_path / "pictures"
+    shutil.copytree(food / "evaluation", plain)
+    csv = tmp_path / "plain.csv"
+    assert h.main(["predict", "--data", str(plain), *student, "--out", str(csv)]) == 0
+    assert h.validate_submission(csv, [f"{n:04d}" for n in range(5)]) == 5
+
+
+def known_data(counts, evaluation_labels=False, class_folders=False):
+    """A FoodData of so many files that need not exist."""
+    files = {}
+    labels = {}
+    ids = {}
+    for split, n in counts.items():
+        files[split] = [Path(split) / f"{i}.jpg" for i in range(n)]
+        labels[split] = [i % h.NUM_CLASSES for i in range(n)]
+        ids[split] = [f"{i:04d}" for i in range(n)]
+    if not evaluation_labels:
+        labels["evaluation"] = [-1] * counts["evaluation"]
+    return h.FoodData(Path("nowhere"), "", files, labels, ids, {}, None, class_folders)
+
+
+def test_what_the_data_is_follows_from_counts_and_names():
+    homework = known_data(h.HOMEWORK_COUNTS)
+    assert h.origin_of(homework) == "Food-11 of the homework"
+    assert homework.is_homework
+    of_2022 = known_data(h.ORIGINAL_COUNTS)
+    assert h.origin_of(of_2022) == "Food-11 of homework 13 of 2022"
+    assert not of_2022.is_homework
+    original = known_data(h.ORIGINAL_COUNTS, evaluation_labels=True)
+    assert "original distribution" in h.origin_of(original)
+    others = {"training": 500, "validation": 100, "evaluation": 100}
+    assert h.origin_of(known_data(others)) == "own photographs (not Food-11)"
+
+
+def test_one_file_less_is_still_the_homeworks_data_and_said(monkeypatch):
+    monkeypatch.setattr(h, "copies_between_splits", lambda files: {})  # there are no files
+    data = known_data(h.HOMEWORK_COUNTS | {"training": 9_992})
+    assert data.is_homework
+    assert "Food-11 of the homework" in h.origin_of(data)
+    assert any("1" in sentence and "training" in sentence for sentence in h.what_is_amiss(data))
+
+
+def test_what_is_probably_wrong_is_a_warning(food):
+    for n in range(2):
+        (food / f"training/4_{n}.jpg").unlink()
+    shutil.copy(food / "validation/0_0.jpg", food / "training/0_77.jpg")
+    shutil.copy(food / "evaluation/0001.jpg", food / "evaluation/0001 (1).jpg")
+    account = h.read_folder(food).account()
+    assert "no training image of Fried food" in account
+    assert "1 of 11 validation images are byte for byte training images too" in account
+    assert "0001 (1)" in account
+
+
+def test_an_archive_and_a_split_alone_say_what_to_do(food, tmp_path):
+    packed = tmp_path / "food.zip"
+    packed.write_bytes(b"PK")
+    with pytest.raises(h.UserError, match="unpack it"):
+        h.read_folder(packed)
+    with pytest.raises(h.UserError, match="the folder above"):
+        h.read_folder(food / "training")
+
+
+def test_a_tilde_is_the_home_folder(food, monkeypatch):
+    monkeypatch.setenv("HOME", str(food.parent))
+    assert len(h.read_folder("~/Food-11").files["training"]) == 22
