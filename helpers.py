@@ -1973,6 +1973,7 @@ class BatchLoader:
         self.batch_size = batch_size or cfg.batch_size
         self.rank, self.world = (0, 1)
         if shared:
+            # Each process takes its part of every batch.
             self.rank, self.world = rank_and_world()
         self.images = split.images
         self.labels = split.labels.to(self.device)
@@ -1993,6 +1994,7 @@ class BatchLoader:
         """Put the images on the GPU, for many passes, if they fit in half of its free memory."""
         if self.device.type != "cuda" or self.images.is_cuda:
             return
+        # The other half is for weights, feature maps and the teacher.
         if self.images.nbytes < free_memory(self.device) / 2:
             self.images = self.images.to(self.device)
 
@@ -2011,10 +2013,12 @@ class BatchLoader:
         """
         n = len(self.split)
         if self.train:
+            # Drawn on the CPU: the order is the same on every device and in every process.
             order = torch.randperm(n, generator=self._generator(0))
         else:
             order = torch.arange(n)
         steps = list(order.split(self.batch_size))
+        # One image is too few for batch norm's statistics.
         if len(steps) > 1 and len(steps[-1]) < 2 * self.world:
             steps[-2:] = [torch.cat(steps[-2:])]
         return steps
@@ -2023,11 +2027,14 @@ class BatchLoader:
         return len(self.batches())
 
     def __iter__(self):
+        # All rows at once, so that a row's view does not depend on the batch that it is in.
         draw = self.draw_epoch()
         for step in self.batches():
             rows = step.tensor_split(self.world)[self.rank]
             images = self.views_of(rows, draw)
             labels = self.labels[rows.to(self.device, non_blocking=True)]
+            # The mean over processes of weighted means is the mean over the whole batch, also where
+            # the parts are not of one size.
             weight = len(rows) * self.world / len(step)
             yield Batch(images, labels, rows, weight, self.epoch)
 
@@ -2039,8 +2046,10 @@ class BatchLoader:
         if self.images.device.type == self.device.type:
             images = self.images[rows_there]
         else:
+            # From pinned memory the copy runs while the GPU computes.
             images = self.images[rows].pin_memory().to(self.device, non_blocking=True)
         if self.train and self.cfg.crop_scale:
+            # (B, 3, side, side) uint8, the whole pictures -> (B, 3, S, S), the crops.
             images = warp(images, draw[rows_there], self.cfg.image_size)
         elif self.train:
             mirrored = draw[rows_there, None, None, None]  # (B, 1, 1, 1) bool
@@ -2049,6 +2058,8 @@ class BatchLoader:
 
     def _generator(self, stream):
         """A CPU generator for one of this epoch's independent random streams."""
+        # 15 hexadecimal digits are 60 bits, which fit a signed seed of 64. A hash, for seeds that
+        # are sums of small numbers meet again in other epochs.
         seed = int(fingerprint(self.cfg.seed, self.epoch, stream)[:15], 16)
         return torch.Generator().manual_seed(seed)
 
@@ -2933,11 +2944,13 @@ class DistillLoss(nn.Module):
     def forward(self, images, labels, teacher_logits=None):
         with self._autocast(images), feature_hooks(self.student, self.layers) as student_maps:
             student_logits = self.student(images)
+        # Labels alone: the losses are fp32 whatever the networks run in.
         if self.teacher is None:
             loss = F.cross_entropy(student_logits.float(), labels)
             return Distilled(loss, {"ce": loss.detach()}, student_logits, None)
 
         teacher_maps = {}
+        # Stored logits spare the teacher's pass, but its feature maps are too large to be stored.
         if self.layers or teacher_logits is None:
             with (
                 torch.no_grad(),
@@ -2948,8 +2961,10 @@ class DistillLoss(nn.Module):
 
         kd, alpha, align = self.weights
         temperature = self.cfg.temperature
+        # A learner's own loss need not know of autocast.
         both = (student_logits.float(), labels, teacher_logits.float())
         loss = kd * self.loss_fn_kd(*both, alpha, temperature)
+        # For the log, before they are weighed.
         terms = kd_terms(student_logits.detach(), labels, teacher_logits, temperature)
         if self.layers:
             term = self.alignment(student_maps, teacher_maps, self.layers, self.adapters)
@@ -3921,7 +3936,9 @@ def train_one_epoch(state, forward, loader, epoch, views=None, on_step=None):
     refuse_evaluation(loader)
     loss_fn = state.loss_fn
     cfg = loss_fn.cfg
+    # The student alone: the teacher is no submodule and stays in eval mode.
     loss_fn.train()
+    # A schedule moves from epoch to epoch, never within one.
     loss_fn.set_progress((epoch + 1) / cfg.n_epochs)
     if hasattr(loader, "set_epoch"):
         loader.set_epoch(epoch)
@@ -3933,6 +3950,7 @@ def train_one_epoch(state, forward, loader, epoch, views=None, on_step=None):
     unchecked = []  # (loss, rows, teacher's logits) since the last look
     for step, batch in enumerate(loader):
         batch = Batch(*batch)
+        # Views are made in fp32; networks under autocast want their own type at once.
         images = to_device(batch.images, loss_fn.device, loss_fn.dtype or torch.float32)
         labels = batch.labels.to(loss_fn.device, non_blocking=True)
 
@@ -3940,13 +3958,16 @@ def train_one_epoch(state, forward, loader, epoch, views=None, on_step=None):
         if views:
             stored = views.read(batch, loss_fn.device)
         out = forward(images, labels, stored)
+        # The rate moves with every step.
         lr = learning_rate(cfg, epoch + step / n_steps)
         optimizer_step(state, out.loss * batch.weight, lr, cfg.grad_norm_max)
+        # The teacher answered anew: kept for the epoch in which this view comes again.
         if views and stored is None:
             views.write(batch, out.teacher_logits)
 
         sums.add(out, labels)
         unchecked.append((out.loss.detach(), batch.rows, out.teacher_logits))
+        # Looking at a loss waits for the device, so it is done for many steps together.
         if len(unchecked) == CHECK_FINITE_EVERY or step == n_steps - 1:
             check_finite(unchecked, cfg, epoch, loader)
             unchecked = []
@@ -3959,6 +3980,7 @@ class EpochSums:
     """Sums over an epoch's images, kept on the device: loss, right answers, images, terms."""
 
     def __init__(self, device):
+        # fp64: a sum of a million small numbers in fp32 would lose the last of them.
         self.sums = torch.zeros(3 + len(TERMS), device=device, dtype=torch.float64)
         self.terms = ()  # those that the loss has
 
@@ -4070,6 +4092,7 @@ def evaluate(model, loader):
     Every process evaluates a part of each batch; the sums are over all of them.
     """
     logits, labels = predict_logits(model, loader)
+    # Sums, not means: the processes' parts may differ in size.
     loss = F.cross_entropy(logits, labels, reduction="sum")
     correct = (logits.argmax(1) == labels).sum()
     device = next(model.parameters()).device
@@ -4180,6 +4203,7 @@ def train_epochs(state, train_loader, valid_loader, views, folder):
     loss_fn = state.loss_fn
     cfg = loss_fn.cfg
     student = loss_fn.student
+    # The wrapper averages gradients over processes; what has state is still read from loss_fn.
     forward = data_parallel(loss_fn)
     display = RunDisplay(cfg, len(train_loader.dataset), state.history)
     with contextlib.closing(display.bar):
@@ -4203,8 +4227,10 @@ def train_epochs(state, train_loader, valid_loader, views, folder):
             else:
                 row["valid_acc"] = math.nan
             epochs_since_best = best_so_far([*state.history, row])[1]
+            # Without validation every epoch counts as the best so far: the last one is kept.
             if epochs_since_best == 0 or not valid_loader:
                 state.best = copy_of_weights(student)
+            # Saving is not counted: it is no part of the training's speed.
             seconds = time.perf_counter() - start
             state.history.append({"epoch": epoch + 1, **row, "seconds": seconds})
             display.show(epoch + 1, row["train_loss"], row["train_acc"])
