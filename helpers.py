@@ -1523,11 +1523,11 @@ def load_data(data, split, form, image_size):
         decode_all(files, split, transform, side, path)
     barrier()
     cached = map_cache(path, n, side)
-    n_damaged = int((cached.states != GOOD).sum())
-    if n_damaged:
+    damaged = [printable(files[i].name) for i in (cached.states != GOOD).nonzero()[:, 0].tolist()]
+    if damaged:
         say(
-            f"WARNING: {n_damaged} of {n} {split} images are damaged; "
-            f"each was named when {path.name} was made"
+            f"WARNING: {len(damaged)} of {n} {split} images are damaged ({some_of(damaged)}); "
+            f"what became of each was said when {path.name} was made"
         )
     # (N,): places in `files` of the images that are not left out.
     keep = cached.states.nonzero()[:, 0]

@@ -211,7 +211,7 @@ def test_damaged_pictures_are_said_at_every_use_and_a_cache_of_zeros_is_made_aga
         # The second use takes the cache, and says it again.
         assert len(h.load_data(data, split, "whole", 76)) == kept
         out = capsys.readouterr().out
-        assert f"WARNING: 1 of {n} {split} images are damaged" in out
+        assert f"WARNING: 1 of {n} {split} images are damaged ({damaged})" in out
         size = made.cache.stat().st_size
         del made  # its images lie in the cache's file
         path = next(h.cache_root().glob(f"{split}-whole-76-*"))

@@ -253,3 +253,121 @@ def test_an_archive_and_a_split_alone_say_what_to_do(food, tmp_path):
 def test_a_tilde_is_the_home_folder(food, monkeypatch):
     monkeypatch.setenv("HOME", str(food.parent))
     assert len(h.read_folder("~/Food-11").files["training"]) == 22
+
+
+def class_folder_split(folder, spell=str):
+    """A split with a picture in a folder for each class."""
+    for label in range(h.NUM_CLASSES):
+        picture(folder / spell(label) / f"{folder.name}_{label}.png", label)
+
+
+def test_a_loose_picture_beside_class_folders_is_named_and_an_evaluation_one_has_a_row(tmp_path):
+    for split in h.SPLITS:
+        class_folder_split(tmp_path / split)
+        picture(tmp_path / split / "loose.jpg", 70)
+    data = h.read_folder(tmp_path)
+    for split in ("training", "validation"):
+        assert data.ignored[tmp_path / split / "loose.jpg"] == h.LOOSE
+        assert f"{split}/loose.jpg" in data.account()
+    loose = data.files["evaluation"].index(tmp_path / "evaluation/loose.jpg")
+    assert data.labels["evaluation"][loose] == -1
+    assert len(data.ids["evaluation"]) == 12
+
+
+def test_a_picture_is_known_by_its_first_bytes_and_read_without_a_name_for_it(food):
+    (food / "training/3_0.jpg").rename(food / "training/3_0.download")
+    (food / "training/3_1.jpg").rename(food / "training/3_1")
+    (food / "training/3_2.txt").write_text("3 0.5 0.5")
+    data = h.read_folder(food)
+    assert data.labels["training"].count(3) == 2
+    assert data.ignored == {food / "training/3_2.txt": h.NO_PICTURE}
+    assert len(h.load_data(data, "training", "eval", 40)) == 22
+
+
+def test_a_pipe_or_a_link_to_itself_is_named_and_never_opened(food):
+    os.mkfifo(food / "training/3_8")
+    (food / "training/3_9.jpg").symlink_to(food / "training/3_9.jpg")
+    (food / "training/up").symlink_to(food)
+    data = h.read_folder(food)
+    assert data.ignored == {
+        food / "training/3_8": h.NOT_A_FILE,
+        food / "training/3_9.jpg": h.BROKEN_LINK,
+        food / "training/up": h.NOT_A_FILE,
+    }
+
+
+def test_many_lost_training_pictures_are_refused(food):
+    for n in range(3):
+        (food / f"training/{n}_0.jpg").write_bytes(b"")
+    with pytest.raises(h.UserError, match="3 of 22 images are empty or broken links.*0_0.jpg"):
+        h.read_folder(food)
+
+
+def test_a_submission_follows_the_evaluation_folders_own_form(food, tmp_path, capsys):
+    csv = tmp_path / "stage.csv"
+    csv.write_text("Id,Category\n")
+    shutil.rmtree(food / "training")
+    class_folder_split(food / "training", "{:02d}".format)
+    data = h.read_folder(food)
+    assert data.ids["evaluation"] == [f"{n:04d}" for n in range(5)]
+    assert h.copy_submission(csv, data, tmp_path, "") == tmp_path / "submission.csv"
+
+    # As first distributed: the label is in the name.
+    for n in range(5):
+        (food / f"evaluation/{n:04d}.jpg").rename(food / f"evaluation/{10 - n}_{n}.jpg")
+    data = h.read_folder(food)
+    assert data.labels["evaluation"] == [10, 6, 7, 8, 9]
+    assert "labels of its evaluation images are known" in data.account()
+    assert h.copy_submission(csv, data, tmp_path, "") is None
+    assert "no submission.csv" in capsys.readouterr().out
+
+
+def test_a_second_folder_of_a_split_and_a_doubled_one(food):
+    shutil.copytree(food / "evaluation", food / "test")
+    data = h.read_folder(food)
+    assert set(data.ignored.values()) == {h.SECOND_FOLDER}
+    assert len(data.ignored) == 5
+    shutil.rmtree(food / "evaluation")
+    (food / "test").rename(food / "inner")
+    (food / "test").mkdir()
+    (food / "inner").rename(food / "test/test")
+    assert h.read_folder(food).ids["evaluation"] == [f"{n:04d}" for n in range(5)]
+
+
+def test_an_unusable_split_that_is_not_needed_is_named(food):
+    (food / "training/0_0.jpg").rename(food / "training/99_0.jpg")
+    data = h.read_folder(food, needed=("evaluation",))
+    assert set(data.ignored.values()) == {h.UNUSABLE_SPLIT}
+    assert len(data.ignored) == 22
+    with pytest.raises(h.UserError, match="99"):
+        h.read_folder(food)
+
+
+def test_other_spellings_here_and_on_kaggle_and_an_archive_beside_the_notebook(
+    food, tmp_path, monkeypatch
+):
+    (food / "training").rename(food / "train")
+    (food / "validation").rename(food / "Valid")
+    (food / "evaluation").rename(food / "test")
+    here = tmp_path / "here"
+    shutil.copytree(food, here / "food11")
+    monkeypatch.chdir(here)
+    assert h.find_data().root.name == "food11"
+    shutil.rmtree("food11")
+    Path("food-11.zip").write_bytes(b"PK")
+    with pytest.raises(h.UserError, match="unpack it"):
+        h.find_data()
+    (tmp_path / "k/working").mkdir(parents=True)
+    shutil.copytree(food, tmp_path / "k/input/a/b")
+    monkeypatch.setenv("HW13_KAGGLE", str(tmp_path / "k"))
+    assert h.find_data().root == tmp_path / "k/input/a/b"
+
+
+def test_counts_far_from_a_known_sets_are_not_it():
+    for change in ({"training": 9_000, "validation": 4_000}, {"training": 500, "evaluation": 9}):
+        assert h.known_set(known_data(h.HOMEWORK_COUNTS | change)) is None
+    half = known_data(h.HOMEWORK_COUNTS | {"evaluation": 1_100})
+    assert half.is_homework
+    assert "evaluation 1,100 of 2,218; 1,118 evaluation images missing (1100, " in (
+        h.describe_difference(half, h.known_set(half))
+    )
