@@ -318,7 +318,8 @@ class Config:
             self._refuse("teacher_views", "0 with align_weights")
 
     def _refuse(self, name, allowed):
-        raise UserError(f"{name}={getattr(self, name)!r}: allowed is {allowed}")
+        value = printable(repr(getattr(self, name)))
+        raise UserError(f"{name}={value}: allowed is {allowed}")
 
     @property
     def aligns(self):
@@ -363,7 +364,7 @@ def allowed_value(f, value):
         allowed = "text"
         if choices:
             allowed = f"one of {', '.join(choices)}"
-        raise UserError(f"{f.name}={value!r}: allowed is {allowed}")
+        raise UserError(f"{f.name}={printable(repr(value))}: allowed is {allowed}")
 
     low = f.metadata["low"]
     high = f.metadata["high"]
@@ -384,7 +385,7 @@ def allowed_value(f, value):
         allowed = f"whole {allowed}"
     if kind is tuple:
         allowed = f"a list of {allowed}"
-    raise UserError(f"{f.name}={value!r}: allowed is {allowed}")
+    raise UserError(f"{f.name}={printable(repr(value))}: allowed is {allowed}")
 
 
 def parse_setting(text):
@@ -396,7 +397,7 @@ def parse_setting(text):
     fields = {f.name: f for f in dataclasses.fields(Config)}
     if not sign or name not in fields or len(text) > 300:
         raise UserError(
-            f"--set {text}: write KEY=VALUE, for example n_epochs=2; "
+            f"--set {printable(text)}: write KEY=VALUE, for example n_epochs=2; "
             f"the keys are {', '.join(fields)}"
         )
     kind = type(fields[name].default)
@@ -482,9 +483,11 @@ def get_config(stage, length="full", demo=False, **overrides):
     a TypeError, an unknown stage or length, or a value that is not allowed, a UserError.
     """
     if stage not in STAGES:
-        raise UserError(f"unknown stage {stage!r}; the stages are {', '.join(STAGES)}")
+        stage = printable(repr(stage))
+        raise UserError(f"unknown stage {stage}; the stages are {', '.join(STAGES)}")
     if length not in LENGTHS:
-        raise UserError(f"LENGTH={length!r}: allowed is one of {', '.join(LENGTHS)}")
+        length = printable(repr(length))
+        raise UserError(f"LENGTH={length}: allowed is one of {', '.join(LENGTHS)}")
     cfg = STAGES[stage]
     fraction, at_least = LENGTHS[length]
     n_epochs = min(cfg.n_epochs, max(at_least, round(fraction * cfg.n_epochs)))
@@ -1595,36 +1598,42 @@ def decode_all(files, split, transform, side, path):
     It is written whole or not at all. transform: PIL image -> PIL image of `side` x `side`.
     """
     with written_whole(path) as temporary:
-        cached = new_cache(temporary, len(files), side)
-        failures = {}  # place of the file -> why it cannot be decoded
+        # A function of its own, whose mapping ends with it: Windows renames no file that is mapped.
+        fill_cache(temporary, files, split, transform, side)
 
-        def decode(i):
-            try:
-                image = open_image(files[i])
-            except UserError as error:
-                # An error of the system is not the picture's fault: it cannot be read now.
-                if getattr(error.__context__, "errno", None):
-                    raise
-                failures[i] = str(error)
-            else:
-                store_image(cached, i, image, transform)
-            # Of the file, not of the pixels: another version of PIL may round them otherwise.
-            cached.digests[i] = digest_of(files[i])
 
-        # PIL and torchvision let go of the interpreter lock, so threads decode side by side.
-        with (
-            warnings.catch_warnings(),
-            ThreadPoolExecutor(os.cpu_count()) as pool,
-            progress_bar(len(files), f"decode {split}") as bar,
-        ):
-            # Odd EXIF and palette bytes; what cannot be decoded is named below.
-            warnings.simplefilter("ignore")
-            for _ in pool.map(decode, range(len(files))):
-                bar.update()
-        if split == "evaluation":
-            keep_damaged(failures, files, transform, cached)
-        elif failures:
-            leave_out(failures, cached)
+def fill_cache(path, files, split, transform, side):
+    """Decode the files of a split in parallel into a new cache file, as `decode_all` says."""
+    cached = new_cache(path, len(files), side)
+    failures = {}  # place of the file -> why it cannot be decoded
+
+    def decode(i):
+        try:
+            image = open_image(files[i])
+        except UserError as error:
+            # An error of the system is not the picture's fault: it cannot be read now.
+            if getattr(error.__context__, "errno", None):
+                raise
+            failures[i] = str(error)
+        else:
+            store_image(cached, i, image, transform)
+        # Of the file, not of the pixels: another version of PIL may round them otherwise.
+        cached.digests[i] = digest_of(files[i])
+
+    # PIL and torchvision let go of the interpreter lock, so threads decode side by side.
+    with (
+        warnings.catch_warnings(),
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        progress_bar(len(files), f"decode {split}") as bar,
+    ):
+        # Odd EXIF and palette bytes; what cannot be decoded is named below.
+        warnings.simplefilter("ignore")
+        for _ in pool.map(decode, range(len(files))):
+            bar.update()
+    if split == "evaluation":
+        keep_damaged(failures, files, transform, cached)
+    elif failures:
+        leave_out(failures, cached)
 
 
 def new_cache(path, n, side):
@@ -2321,7 +2330,8 @@ def build_student(cfg):
     The global random state is left alone. UserError for a name that is not in NETS.
     """
     if cfg.student not in NETS:
-        raise UserError(f"student={cfg.student!r}: allowed is one of {', '.join(NETS)}")
+        name = printable(repr(cfg.student))
+        raise UserError(f"student={name}: allowed is one of {', '.join(NETS)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
         return NETS[cfg.student](cfg)
@@ -4180,8 +4190,16 @@ def say_how_to_go_on(cfg, history, folder):
     """What a notebook's stop button leaves, and how to go on from there."""
     text = f"{cfg.exp_name}: stopped after {len(history)} of {cfg.n_epochs} epochs"
     if folder:
-        text += "; every whole epoch is saved: run this cell again, and it goes on from there"
+        again = cell_again(folder.began_fresh)
+        text += f"; every whole epoch is saved: {again}, and it goes on from there"
     say(text)
+
+
+def cell_again(fresh):
+    """Which cell goes on with a stopped run; fresh: whether it throws away what is saved."""
+    if fresh:
+        return "run this cell again without fresh=True"
+    return "run this cell again"
 
 
 def facts_of_training(loss_fn, loader, history, folder=None):
@@ -4327,6 +4345,7 @@ class RunFolder:
         self.cfg = loss_fn.cfg
         self.facts = run_facts(loss_fn, data) | more_facts
         self.fresh = fresh
+        self.began_fresh = False  # whether `restore` threw away what was there
         self.damaged = {}  # {file: what is wrong with it}, as `load` found it
 
     def add_contents(self, split, dataset):
@@ -4365,6 +4384,7 @@ class RunFolder:
         if is_first_process():
             found = self._where_to_go_on()
         found = from_first_process(found)
+        self.began_fresh = self.fresh
         self.fresh = False
         if found is None:
             return
@@ -4474,7 +4494,8 @@ class RunFolder:
             elif name in DATA_FACTS:
                 different.append(f"{DATA_FACTS[name]} (they have changed)")
             else:
-                different.append(f"{name} {was.get(name)} (now {now.get(name)})")
+                saved_value = printable(was.get(name))
+                different.append(f"{name} {saved_value} (now {now.get(name)})")
         if different:
             raise UserError(
                 f"{place} holds a run with other settings: {', '.join(different)}; "
@@ -4621,7 +4642,7 @@ def load_student(path, device="cpu"):
         student = build_student(cfg)
         is_own = facts["layers"] != layers_fingerprint(student)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        why = str(error).splitlines()[0]
+        why = printable(str(error).splitlines()[0])
         raise UserError(f"{path} does not go with a config.json beside it ({why})") from None
     if is_own:
         raise UserError(
@@ -4632,6 +4653,20 @@ def load_student(path, device="cpu"):
     what = "student of the config.json beside it"
     student = load_net(path, first_key, lambda state: student, what)
     return freeze(student).to(device), cfg
+
+
+def say_if_unfinished(path, cfg):
+    """Warn where the log.csv beside a student_best.ckpt is of a run that has epochs left."""
+    try:
+        history = pd.read_csv(Path(path).with_name("log.csv")).to_dict("records")
+        finished = is_finished(history, cfg)
+    except (OSError, ValueError, KeyError, TypeError):  # moved without its log, or another's log
+        return
+    if not finished:
+        say(
+            f"WARNING: {path} is of a run that is not finished ({len(history)} of {cfg.n_epochs} "
+            "epochs): its best student so far"
+        )
 
 
 @dataclass
@@ -4897,8 +4932,11 @@ def train_in_turn(prepared):
 
 
 def best_run(runs):
-    """The Run with the best validation accuracy, the first of equal ones."""
-    return max(runs, key=lambda run: run.valid_acc)
+    """The Run with the best validation accuracy, the first of equal ones; said if unfinished."""
+    best = max(runs, key=lambda run: run.valid_acc)
+    if not best.finished:
+        say(f"the best so far is {best.label}")
+    return best
 
 
 # What a stage leaves for later calls: its score, a hash of the images that it was trained on,
@@ -5012,7 +5050,7 @@ def final_fit(validated, data, teacher=None, out=None, fresh=False, submit_it=Fa
     write_predictions(stage.student, data, cfg, path, stage.device)
     accuracy = plus_minus(validated.valid_acc, validated.n_valid)
     say(
-        f"{name}: repeats {validated.name} (validated {accuracy}) for {best_epoch} epochs "
+        f"{name}: repeats {validated.label} (validated {accuracy}) for {best_epoch} epochs "
         f"on {len(train_loader.split):,} images; it has no validation score of its own"
     )
     if submit_it:
@@ -5271,7 +5309,7 @@ def check_ids_once(path, found, ids):
 
 def some_of(names, n=4):
     """The first names of a list, with dots where there are more."""
-    text = ", ".join(map(str, names[:n]))
+    text = ", ".join(printable(name) for name in names[:n])
     if len(names) > n:
         text += ", ..."
     return text
@@ -5328,7 +5366,7 @@ def write_best(runs, data, out=None):
     why = (
         f"{name}, of an earlier call, has the best validation accuracy, "
         f"{plus_minus(result.valid_acc, result.n_valid)} {on}; "
-        f"the best of this call is {best.name}, {accuracy}"
+        f"the best of this call is {best.label}, {accuracy}"
     )
     return copy_submission(csv_path, data, out, why)
 
@@ -5685,7 +5723,7 @@ def plot_loss_terms(run):
     history = run.history.set_index("epoch")
     loss = history["train_loss"]
     weights = weights_by_epoch(run.cfg, history.index)
-    figure, axes = new_figure(f"loss of {run.name}: {run.origin}", 2, 1, 5, 5)
+    figure, axes = new_figure(f"loss of {run.label}: {run.origin}", 2, 1, 5, 5)
     upper, lower = axes[:, 0]
     changes = []
     for term, (name, color, line) in TERM_STYLES.items():
@@ -6631,7 +6669,8 @@ def train_in_processes(stage, n):
         why = why_it_ended(errors)
     started = time_of(stage.folder.path / LAST) != before
     if interrupted:
-        say(f"{name}: stopped, every whole epoch is saved; run the cell to go on")
+        again = cell_again(stage.folder.fresh)
+        say(f"{name}: stopped, every whole epoch is saved; {again} to go on")
         raise KeyboardInterrupt
     if code != 0 and started:
         raise UserError(why)
@@ -7784,6 +7823,7 @@ def evaluate_command(args):
     data = read_folder(args.data, needed=("validation",))
     device = pick_device()
     student, cfg = load_student(args.checkpoint, device)
+    say_if_unfinished(args.checkpoint, cfg)
     facts = json.loads(Path(args.checkpoint).with_name("config.json").read_text())
     if facts.get("final"):
         raise UserError(
@@ -7808,6 +7848,7 @@ def predict_command(args):
     data = read_folder(args.data, needed=("evaluation",))
     device = pick_device()
     student, cfg = load_student(args.checkpoint, device)
+    say_if_unfinished(args.checkpoint, cfg)
     check_budget(student)
     say(data.account())
     write_predictions(student, data, cfg, out, device, args.tta)
@@ -7828,6 +7869,16 @@ def export_command(args):
     print(export_exercises())
 
 
+def words_when_stopped(args):
+    """What Ctrl-C leaves of a command, and how to go on; args: None before they are read."""
+    if args is None or args.command != "run":
+        return "stopped"
+    again = "the same command"
+    if args.fresh:  # which would throw away what is saved
+        again += " without --fresh"
+    return f"stopped; {again} goes on after the last whole epoch"
+
+
 def main(argv=None):
     """The command line. Returns the exit code, with one line each on stderr.
 
@@ -7835,6 +7886,7 @@ def main(argv=None):
     """
     if hasattr(sys.stdout, "reconfigure"):  # a terminal that cannot show a name ends no run
         sys.stdout.reconfigure(errors="backslashreplace")
+    args = None
     try:
         args = build_parser().parse_args(argv)
         args.function(args)
@@ -7842,15 +7894,13 @@ def main(argv=None):
     except (UserError, OSError, UnicodeError, MemoryError, torch.OutOfMemoryError) as error:
         # A MemoryError says nothing.
         text = str(error) or "out of memory: choose a smaller batch_size or image_size"
-        print(f"helpers.py: {' '.join(text.split())}", file=sys.stderr, flush=True)
+        line = readable(" ".join(text.split()))
+        print(f"helpers.py: {line}", file=sys.stderr, flush=True)
         if rank_and_world()[1] > 1:
             os._exit(2)  # at once, without waiting for the other processes: torchrun ends them
         return 2
     except KeyboardInterrupt:
-        print(
-            "helpers.py: stopped; the same command goes on after the last whole epoch",
-            file=sys.stderr,
-        )
+        print(f"helpers.py: {words_when_stopped(args)}", file=sys.stderr)
         if rank_and_world()[1] > 1:
             os._exit(130)  # the others may wait for this one for ever
         return 130

@@ -152,7 +152,13 @@ def test_stopped_by_the_keyboard_is_one_line_too(food, here, capsys, monkeypatch
     monkeypatch.setattr(h, "fit", interrupt)
     assert h.main(["run", "--data", str(food), "--stages", "simple", *SMALL]) == 130
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("helpers.py: stopped")
+    assert last == "helpers.py: stopped; the same command goes on after the last whole epoch"
+    # --fresh would throw away what is saved, and what is no training has no epochs.
+    assert h.main(["run", "--data", str(food), "--stages", "simple", "--fresh", *SMALL]) == 130
+    assert "the same command without --fresh goes on" in capsys.readouterr().err
+    monkeypatch.setattr(h, "validate_submission", interrupt)
+    assert h.main(["validate", "x.csv", "--rows", "2"]) == 130
+    assert capsys.readouterr().err == "helpers.py: stopped\n"
 
 
 def test_as_a_program_it_answers_in_the_same_way(here):

@@ -425,6 +425,87 @@ def test_what_a_terminal_cannot_show_ends_no_run(monkeypatch):
     assert stream.buffer.getvalue() == b"m\\xfcsli \\udcff\n"
 
 
+def test_a_message_quotes_little_of_a_long_value_and_no_invisible_character(tmp_path):
+    long = "a \u202e\x1b " * 2000
+    calls = [
+        lambda: h.get_config(long),
+        lambda: h.get_config("simple", long),
+        lambda: h.build_student(h.get_config("simple", student=long)),
+        lambda: h.get_config("simple", amp=long),
+        lambda: h.parse_setting(f"x={long}"),
+        lambda: h.load_student(tmp_path / h.BEST),
+    ]
+    (tmp_path / h.BEST).write_bytes(b"x")
+    facts = {"config": {long: 1}}
+    h.write_text(tmp_path / "config.json", h.json.dumps(facts))
+    for call in calls:
+        with pytest.raises(h.UserError) as error:
+            call()
+        text = str(error.value)
+        assert text.count("a \\u202e") < 20, text[:300]
+        assert text.isprintable()
+    names = [f"{'b ' * 2000}{i}\n" for i in range(9)]
+    assert len(h.some_of(names)) < 4 * 170
+    assert h.some_of(names).isprintable()
+
+
+# --- other systems --------------------------------------------------------------------------------
+
+
+def test_no_file_is_renamed_while_it_is_mapped(food, tmp_path, monkeypatch):
+    """Windows refuses that. Here the mappings of the process are looked at."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("the system does not tell what is mapped")
+    monkeypatch.setenv("HW13_CACHE", str(tmp_path / "cache"))
+    original = os.replace
+    renamed = []
+
+    def replace(source, target):
+        for path in (source, target):
+            assert str(path) not in maps.read_text(), path
+        renamed.append(Path(target).suffix)
+        original(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    teacher = h.freeze(h.build_student(h.TEACHER_CONFIG))
+    cfg = h.get_config("beyond", **(SMALL | {"n_epochs": 1, "image_size": 40}))
+    h.run_stage(cfg, h.find_data(food), teacher, out=tmp_path / "out")
+    assert ".images" in renamed
+    assert ".ckpt" in renamed
+
+
+def test_a_run_needs_nothing_that_only_posix_has(food, tmp_path, monkeypatch):
+    monkeypatch.setenv("HW13_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(h, "on_kaggle", lambda: True)
+    monkeypatch.delenv("HW13_SESSION_START", raising=False)
+    data = h.find_data(food)
+    for name in ("posix_fallocate", "sysconf"):
+        monkeypatch.delattr(os, name, raising=False)
+    assert abs(h.session_start() - time.time()) < 1
+    run = simple_stage(data, tmp_path / "out", n_epochs=1)
+    assert h.validate_submission(run.csv, 5) == 5
+
+
+def test_the_notebook_says_where_helpers_must_be_and_nothing_else_is_blamed_on_that(tmp_path):
+    notebook = h.json.loads((ROOT / h.NOTEBOOK).read_text(encoding="utf-8"))
+    cells = ["".join(cell["source"]) for cell in notebook["cells"]]
+    setup = next(cell for cell in cells if "import helpers as h" in cell)
+    imports = setup.partition("LENGTH = h.chosen_length")[0]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    for folder, code, words in (
+        (tmp_path, imports, "start this notebook in the folder of helpers.py"),
+        (ROOT, "import sys; sys.modules['filelock'] = None\n" + imports, "filelock"),
+    ):
+        command = [sys.executable, "-c", code]
+        result = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+        )
+        last = result.stderr.splitlines()[-1]
+        assert last.startswith("ModuleNotFoundError"), last
+        assert words in last
+
+
 # --- the stop button ------------------------------------------------------------------------------
 
 
@@ -456,7 +537,7 @@ def test_the_stop_button_ends_the_queue_too_and_the_cell_goes_on_exactly(
         simple_stage(h.find_data(food), tmp_path / "cut")
     said = capsys.readouterr().out
     assert "simple: stopped after 2 of 4 epochs" in said
-    assert "run this cell again" in said
+    assert "run this cell again, and" in said
     again = simple_stage(h.find_data(food), tmp_path / "cut")
     assert h.state_checksum(again.student()) == wanted
 
@@ -482,6 +563,49 @@ def test_an_unfinished_stage_is_called_so_in_every_table_and_figure(food, tmp_pa
     labels = [line.get_label() for line in figure.axes[1].lines]
     assert words in labels
     assert "simple" in labels
+
+
+def test_who_stops_a_fresh_run_is_told_not_to_start_it_afresh_again(
+    food, tmp_path, monkeypatch, capsys
+):
+    data = h.find_data(food)
+    cfg = h.get_config("simple", **SMALL)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupted_at(patch, 10)
+        h.run_stage(cfg, data, out=tmp_path, fresh=True)
+    assert "run this cell again without fresh=True, and it goes on" in capsys.readouterr().out
+    h.run_stage(cfg, data, out=tmp_path)
+    assert "goes on after epoch 2" in capsys.readouterr().out
+
+
+def test_predict_and_evaluate_say_that_a_students_run_is_not_finished(
+    food, tmp_path, monkeypatch, capsys
+):
+    data = h.find_data(food)
+    checkpoint = tmp_path / "simple" / h.BEST
+    said = []
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupted_at(patch, 10)
+        simple_stage(data, tmp_path)
+    for _ in range(2):  # stopped, then finished
+        capsys.readouterr()
+        arguments = ["--data", str(food), "--checkpoint", str(checkpoint)]
+        assert h.main(["evaluate", *arguments]) == 0
+        assert h.main(["predict", *arguments, "--out", str(tmp_path / "p.csv")]) == 0
+        said.append(capsys.readouterr().out.count("not finished (2 of 4 epochs)"))
+        simple_stage(data, tmp_path)
+    assert said == [2, 0]
+
+
+def test_the_best_of_unfinished_runs_is_called_unfinished(food, tmp_path, monkeypatch, capsys):
+    data = h.find_data(food)
+    with monkeypatch.context() as patch:
+        patch.setattr(h, "time_is_up", lambda cfg, history, device: len(history) == 2)
+        run = simple_stage(data, tmp_path)
+    capsys.readouterr()
+    assert h.best_run([run]) is run
+    assert "the best so far is simple (unfinished: 2 of 4 epochs)" in capsys.readouterr().out
+    assert "unfinished: 2 of 4 epochs" in h.plot_loss_terms(run).alt_text
 
 
 def test_without_a_notebook_an_interrupt_stays_one(food, tmp_path, monkeypatch):
