@@ -184,7 +184,7 @@ def test_a_stage_of_the_notebook_trains_on_all_gpus_is_stopped_and_goes_on(
     said = capsys.readouterr().out
     assert "medium: 2 GPUs train, a process each" in said
     assert "2 processes" in said  # the child's own line
-    assert "every whole epoch is saved; run the cell to go on" in said
+    assert "every whole epoch is saved; run this cell again to go on" in said
     n = end_after_what_is_saved(tmp_path / "medium")
     assert 1 <= n < 1000
 
