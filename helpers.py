@@ -465,22 +465,29 @@ TEACHER_CONFIG = Config(
     warmup_epochs=5.0,
     n_epochs=200,
 )
-DEMO_TEACHER_SETTINGS = {"image_size": 64, "batch_size": 32, "warmup_epochs": 1.0, "n_epochs": 7}
+DEMO_TEACHER_SETTINGS = {
+    "image_size": 64,
+    "crop_scale": (0.7, 1.0),
+    "batch_size": 32,
+    "warmup_epochs": 1.0,
+    "n_epochs": 5,
+}
 
 # LENGTH -> (fraction of a stage's epochs, but at least so many).
 LENGTHS = {"full": (1.0, 1), "lesson": (0.1, 10), "quick": (0.01, 4), "fast": (0.0, 1)}
 # Two cores train on the drawn demo set in minutes with these; a step counts more than an epoch
 # there.
-DEMO_SETTINGS = {"image_size": 64, "batch_size": 32, "lr": 2e-3, "patience": 100}
-DEMO_EPOCHS = 10
+DEMO_SETTINGS = {"image_size": 64, "batch_size": 32, "lr": 4e-3, "patience": 100}
+DEMO_EPOCHS = 40
 
 
 def get_config(stage, length="full", demo=False, **overrides):
     """The Config of a stage, for example get_config("boss", n_epochs=5).
 
     length: "full", "lesson", "quick" or "fast" scales the epochs.
-    demo: use the small settings for the drawn demo set. Overrides win over both; an unknown one is
-    a TypeError, an unknown stage or length, or a value that is not allowed, a UserError.
+    demo: use the small settings for the drawn demo set, where every stage has the same number of
+    epochs, so that they can be compared. Overrides win over both; an unknown one is a TypeError, an
+    unknown stage or length, or a value that is not allowed, a UserError.
     """
     if stage not in STAGES:
         stage = printable(repr(stage))
@@ -489,11 +496,11 @@ def get_config(stage, length="full", demo=False, **overrides):
         length = printable(repr(length))
         raise UserError(f"LENGTH={length}: allowed is one of {', '.join(LENGTHS)}")
     cfg = STAGES[stage]
+    if demo:
+        cfg = replace(cfg, n_epochs=DEMO_EPOCHS, **DEMO_SETTINGS)
     fraction, at_least = LENGTHS[length]
     n_epochs = min(cfg.n_epochs, max(at_least, round(fraction * cfg.n_epochs)))
     cfg = replace(cfg, n_epochs=n_epochs)
-    if demo:
-        cfg = replace(cfg, n_epochs=min(n_epochs, DEMO_EPOCHS), **DEMO_SETTINGS)
     return replace(cfg, **overrides)
 
 
@@ -1722,41 +1729,64 @@ def leave_out(failures, cached):
 # --- the drawn demo set ---------------------------------------------------------------------------
 
 # Part of the demo folder's name: raise it where `draw_dish` is to draw other pictures.
-DEMO_VERSION = 1
+DEMO_VERSION = 2
+# Pictures a class; those of the last folder are drawn for the teacher alone.
+DEMO_TEACHER_FOLDER = "teacher_pictures"
+DEMO_PICTURES = {"training": 20, "validation": 60, "evaluation": 20, DEMO_TEACHER_FOLDER: 300}
+FAST_DEMO_PICTURES = {"training": 14, "validation": 6, "evaluation": 4, DEMO_TEACHER_FOLDER: 10}
+# So many training labels are wrong; no validation label is, and none that the teacher learns from.
+DEMO_WRONG_LABELS = 0.3
+# What tells a class is so often as the class has it, and else any.
+DEMO_TYPICAL = 0.92
 
 
 def draw_dish(label, rng):
     """One drawn picture of class `label`: a PIL image, 72 to 112 px a side.
 
-    It is tinted, noisy and partly covered. A plate with one to three pieces of food on a table:
-    their hue, their number and their corners tell the class.
+    A plate with pieces of food on a table, noisy and partly covered. Hue, number and corners of the
+    pieces tell the class, none of them alone: the hues of neighbouring classes overlap, and number
+    and corners are now and then another class's.
     """
     canvas = Image.new("RGB", (96, 96), random_colour(rng))
     draw = ImageDraw.Draw(canvas)
     plate = rng.uniform(42, 54, 2)  # its centre
     draw.ellipse([*(plate - 40), *(plate + 40)], (225, 225, 220))
-    hue = 360 * label / NUM_CLASSES
-    # The class's own colour, a little off; below, each piece is a little off it.
-    base = np.array(ImageColor.getrgb(f"hsv({hue}, 70%, 80%)")) + rng.normal(0, 16, 3)
-    n_pieces = 1 + label % 3
-    n_corners = 3 + label % 4
-    # The pieces lie around the centre of the plate, a third of a turn apart.
-    for angle in 2 * math.pi * (rng.random() + np.arange(n_pieces) / 3):
-        direction = np.array([math.cos(angle), math.sin(angle)])
-        x, y = plate + 18 * direction + rng.normal(0, 2, 2)
-        colour = (base + rng.normal(0, 10, 3)).clip(0, 255).astype(int)
-        radius = rng.uniform(13, 19)
-        turn = rng.uniform(0, 360)
-        draw.regular_polygon((x, y, radius), n_corners, turn, tuple(colour.tolist()))
+    draw_pieces(draw, plate, label, rng)
     # Something lies in front of it.
     corner = rng.uniform(0, 70, 2)
     opposite = corner + rng.uniform(12, 34)
     draw.rectangle([*corner, *opposite], random_colour(rng))
-    noise = rng.normal(0, 8, (96, 96, 3))
+    noise = rng.normal(0, 6, (96, 96, 3))
     pixels = np.asarray(canvas, dtype=np.float32) + noise
     noisy = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     size = rng.integers(72, 113, 2)
     return noisy.resize(tuple(size.tolist()))
+
+
+def draw_pieces(draw, plate, label, rng):
+    """Draw one to three regular polygons of three to six corners around the plate's centre (2,)."""
+    # Hues of neighbouring classes are 33 degrees apart, less than two standard deviations.
+    hue = (360 * label / NUM_CLASSES + rng.normal(0, 18)) % 360
+    saturation = rng.uniform(50, 90)
+    value = rng.uniform(55, 95)
+    base = np.array(ImageColor.getrgb(f"hsv({hue}, {saturation}%, {value}%)"))
+    n_pieces = typically(1 + label % 3, (1, 2, 3), rng)
+    # They lie a third of a turn apart, each a little off the dish's colour.
+    for angle in 2 * math.pi * (rng.random() + np.arange(n_pieces) / 3):
+        n_corners = typically(3 + label % 4, (3, 4, 5, 6), rng)
+        direction = np.array([math.cos(angle), math.sin(angle)])
+        x, y = plate + 18 * direction + rng.normal(0, 2, 2)
+        colour = (base + rng.normal(0, 10, 3)).clip(0, 255).astype(int)
+        radius = rng.uniform(15, 20)
+        turn = rng.uniform(0, 360)
+        draw.regular_polygon((x, y, radius), n_corners, turn, tuple(colour.tolist()))
+
+
+def typically(own, values, rng):
+    """The class's own value, or now and then any of `values`."""
+    if rng.random() < DEMO_TYPICAL:
+        return own
+    return int(rng.choice(values))
 
 
 def random_colour(rng):
@@ -1764,30 +1794,57 @@ def random_colour(rng):
     return tuple(rng.integers(60, 220, 3).tolist())
 
 
-def make_demo_data():
+def make_demo_data(seed=0):
     """Draw the demo set (once, under the cache folder) in Food-11's layout; return its FoodData.
 
-    It exists so that the notebook runs on a machine without data. Its scores say nothing about
-    Food-11.
+    It exists so that the notebook runs on a machine without data, and shows there what the stages
+    are about: classes look alike, pictures with a label are few, three labels in ten are wrong, and
+    the teacher has learned from many more draws with right ones. Its difficulty was chosen for that
+    alone: that Simple, Medium, Strong and the teacher come out in this order is no evidence for any
+    recipe, and its scores say nothing about Food-11. seed: another one draws other pictures.
     """
-    per_class = {"training": 110, "validation": 40, "evaluation": 20}
+    per_class = DEMO_PICTURES
     if is_fast():
-        per_class = {"training": 20, "validation": 6, "evaluation": 4}
-    root = cache_root() / f"demo-{fingerprint(DEMO_VERSION, per_class)}" / "Food-11"
+        per_class = FAST_DEMO_PICTURES
+    name = fingerprint(DEMO_VERSION, per_class, seed)
+    root = cache_root() / f"demo-{name}" / "Food-11"
     if not root.is_dir() and is_first_on_node():
-        draw_demo_set(root, per_class)
+        draw_demo_set(root, per_class, seed)
     barrier()
     return read_folder(root)
 
 
-def draw_demo_set(root, per_class):
+def with_teacher_pictures(data):
+    """The demo set's FoodData with the training images that were drawn for the teacher alone.
+
+    They lie beside the demo set, so no student ever sees them. A demo set that was copied without
+    them stays as it is.
+    """
+    folder = data.root.parent / DEMO_TEACHER_FOLDER
+    if not folder.is_dir():
+        return data
+    found = read_split([folder], "training")
+    return replace(
+        data,
+        root=folder.parent,
+        files=data.files | {"training": found.files},
+        labels=data.labels | {"training": found.labels},
+        ids=data.ids | {"training": found.ids},
+    )
+
+
+def draw_demo_set(root, per_class, seed):
     """Draw all splits: beside their place and then renamed, so that no half set is ever read."""
     for left in cache_root().glob("demo-drawing-*"):  # of a process that was killed
         if time.time() - left.stat().st_mtime > 86_400:
             shutil.rmtree(left, ignore_errors=True)
     drawing = Path(tempfile.mkdtemp(prefix="demo-drawing-", dir=cache_root()))
-    for seed, split in enumerate(SPLITS):
-        draw_split(drawing / root.name / split, per_class[split], seed)
+    for place, split in enumerate(SPLITS):
+        wrong = DEMO_WRONG_LABELS if split == "training" else 0.0
+        draw_split(drawing / root.name / split, per_class[split], (seed, place), wrong)
+    # Beside the set and not in it: no reader of the folder finds them.
+    folder = drawing / DEMO_TEACHER_FOLDER
+    draw_split(folder, per_class[folder.name], (seed, len(SPLITS)))
     (drawing / root.name / DEMO_MARK).write_text("Drawn shapes, not photographs.\n")
     try:
         os.replace(drawing, root.parent)
@@ -1795,17 +1852,23 @@ def draw_demo_set(root, per_class):
         shutil.rmtree(drawing, ignore_errors=True)
 
 
-def draw_split(folder, per_class, seed):
-    """Draw so many pictures a class into a new folder that is called as its split."""
+def draw_split(folder, per_class, seed, wrong_labels=0.0):
+    """Draw so many pictures a class into a new folder that is called as its split.
+
+    wrong_labels: the share of pictures whose name has the label of another class, any of the ten.
+    """
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     # (11 per_class,): equally many of each class, in random order.
     labels = rng.permutation(NUM_CLASSES * per_class) % NUM_CLASSES
     for i, label in enumerate(labels.tolist()):
+        picture = draw_dish(label, rng)
+        if rng.random() < wrong_labels:
+            label = (label + int(rng.integers(1, NUM_CLASSES))) % NUM_CLASSES
         name = f"{label}_{i}.jpg"
         if folder.name == "evaluation":
             name = f"{i:04d}.jpg"
-        draw_dish(label, rng).save(folder / name, quality=90)
+        picture.save(folder / name, quality=90)
 
 
 # ==================================================================================================
@@ -5082,8 +5145,9 @@ def train_teacher(data, out=None, cfg=None, fresh=False):
 
     The homework allows a teacher of one's own; it is not bound by the parameter limit and never
     submitted. It is also the way on for who has a public copy of Food-11, which holds no teacher
-    file. cfg: its settings, by default TEACHER_CONFIG. Raises UserError where the session's time
-    ends it too early: call it again to go on.
+    file. On the demo set it learns from pictures of its own (`with_teacher_pictures`), so that it
+    knows more than its students can. cfg: its settings, by default TEACHER_CONFIG. Raises UserError
+    where the session's time ends it too early: call it again to go on.
     """
     if cfg is None:
         cfg = TEACHER_CONFIG
@@ -5091,6 +5155,8 @@ def train_teacher(data, out=None, cfg=None, fresh=False):
             cfg = replace(cfg, **DEMO_TEACHER_SETTINGS)
         if is_fast():
             cfg = replace(cfg, n_epochs=1)
+    if data.is_demo:
+        data = with_teacher_pictures(data)
     loss_fn = DistillLoss(cfg, build_student(cfg)).on(pick_device())
     folder = RunFolder(stage_folder(cfg, data, out), loss_fn, data, fresh)
     train_loader, valid_loader = build_loaders(cfg, data, loss_fn.device)

@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 import warnings
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -364,6 +365,54 @@ def test_the_demo_set_is_marked_and_the_same_every_time():
     once = h.draw_dish(4, np.random.default_rng(3))
     twice = h.draw_dish(4, np.random.default_rng(3))
     assert np.array_equal(np.asarray(once), np.asarray(twice))
+
+
+def labels_in_names(folder):
+    """{number: label} of the files <label>_<number>.jpg of a folder."""
+    pairs = [path.stem.split("_") for path in folder.iterdir()]
+    return {int(number): int(label) for label, number in pairs}
+
+
+def test_three_training_labels_in_ten_of_the_demo_set_are_wrong_and_no_other_ones(tmp_path):
+    h.draw_split(tmp_path / "right/training", 20, 5)
+    h.draw_split(tmp_path / "wrong/training", 20, 5, h.DEMO_WRONG_LABELS)
+    right = labels_in_names(tmp_path / "right/training")
+    wrong = labels_in_names(tmp_path / "wrong/training")
+    assert list(Counter(right.values()).values()) == [20] * h.NUM_CLASSES
+    assert set(wrong.values()) == set(range(h.NUM_CLASSES))
+    n_wrong = sum(right[number] != wrong[number] for number in right)
+    assert abs(n_wrong - 66) < 25  # three standard deviations of 220 draws are 20
+
+    data = h.make_demo_data()
+    per_class = h.FAST_DEMO_PICTURES
+    assert set(Counter(data.labels["validation"]).values()) == {per_class["validation"]}
+    theirs = h.with_teacher_pictures(data).labels["training"]
+    assert set(Counter(theirs).values()) == {per_class[h.DEMO_TEACHER_FOLDER]}
+
+
+def test_the_demo_sets_teacher_has_pictures_that_no_student_sees(tmp_path, capsys):
+    data = h.make_demo_data()
+    theirs = h.with_teacher_pictures(data)
+    assert len(theirs.files["training"]) == 110
+    assert not set(theirs.files["training"]) & set(data.files["training"])
+    assert theirs.files["validation"] == data.files["validation"]
+    assert not any(h.DEMO_TEACHER_FOLDER in str(path) for path in h.find_data(data.root).ignored)
+    h.train_teacher(data, tmp_path / "out")
+    assert "110 images in" in capsys.readouterr().out
+
+    # Copied without them, it has the training images alone.
+    shutil.copytree(data.root, tmp_path / "Food-11")
+    copied = h.find_data(tmp_path / "Food-11")
+    assert copied.is_demo
+    assert h.with_teacher_pictures(copied) is copied
+
+
+def test_another_seed_draws_another_demo_set():
+    data = h.make_demo_data()
+    other = h.make_demo_data(seed=1)
+    assert other.root != data.root
+    first = data.files["validation"][0].read_bytes()
+    assert all(path.read_bytes() != first for path in other.files["validation"])
 
 
 def test_only_pictures_are_decoded(food):

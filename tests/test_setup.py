@@ -41,6 +41,14 @@ def test_published_values_of_the_stages():
     assert [cfg.needs_teacher for cfg in h.STAGES.values()] == [False, True, True, True, True]
 
 
+def test_on_the_demo_set_every_stage_has_the_same_length():
+    """Only what a stage is about may differ, so that the stages can be compared."""
+    for length, n_epochs in {"full": 40, "lesson": 10, "quick": 4, "fast": 1}.items():
+        lengths = {h.get_config(stage, length, demo=True).n_epochs for stage in h.STAGES}
+        assert lengths == {n_epochs}
+    assert h.get_config("boss", demo=True, n_epochs=3).n_epochs == 3
+
+
 def test_get_config_overrides_and_refuses_unknown_names(monkeypatch):
     monkeypatch.delenv("HW13_FAST")
     assert h.get_config("boss", n_epochs=5).n_epochs == 5
