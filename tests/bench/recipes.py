@@ -800,14 +800,17 @@ def budget(args):
         "teacher_size": args.teacher_size,
         "views": args.views,
         "scored": args.scored,
+        "amp": args.amp,
     }
 
 
 def budget_name(args):
     """The budget in a file's name."""
     values = budget(args)
-    if values["scored"] == "best":  # the files of these rows had their names before the others came
-        del values["scored"]
+    # The first rows' files had their names before these columns came.
+    for column, value in {"scored": "best", "amp": "off"}.items():
+        if values[column] == value:
+            del values[column]
     return "-".join(map(str, values.values()))
 
 
@@ -1185,7 +1188,7 @@ def build_parser():
     add("--seeds", type=int, nargs="+", default=[1])
     add("--views", type=int, default=0, help="replay so many teacher views (0: one for each epoch)")
     add("--scored", choices=("half", "once", "best"), default="half", help="see above")
-    add("--amp", default="off", help="off: float32, the stored rows' own; auto: mixed precision")
+    add("--amp", default="off", help="precision: off (float32, the rows' of before), bf16 or fp16")
     add("--work", type=Path, default=h.cache_root() / "recipes")
     add("--list", action="store_true")
     add("--table", action="store_true")
