@@ -1885,6 +1885,7 @@ Batch = namedtuple("Batch", "images labels rows weight view_epoch", defaults=(No
 def affine_matrix(a, b, c, d, x=0.0, y=0.0):
     """(N, 3, 3) float64 matrices [[a, b, x], [c, d, y], [0, 0, 1]]; entries are (N,) or numbers."""
     entries = [torch.as_tensor(e, dtype=torch.float64) for e in (a, b, x, c, d, y, 0, 0, 1)]
+    # Nine entries of (N,) in row order: (N, 9) -> (N, 3, 3).
     return torch.stack(torch.broadcast_tensors(*entries), -1).view(-1, 3, 3)
 
 
@@ -1901,10 +1902,12 @@ def sample_crops(aspects, scale, generator, ratio=(3 / 4, 4 / 3)):
     # All ten tries of all pictures at once: (N, 10).
     area = torch.empty(n, 10, dtype=float64).uniform_(*scale, generator=generator)
     log_ratio = torch.empty(n, 10, dtype=float64)
+    # Uniform in the logarithm, so that wide and tall crops are equally likely.
     log_ratio.uniform_(math.log(ratio[0]), math.log(ratio[1]), generator=generator)
 
     # A crop's width and height as parts of the picture's own: (N, 10).
     aspect = aspects.double()[:, None]
+    # From wide * high = area and wide * aspect / high = the crop's ratio in pixels.
     wide = (area * log_ratio.exp() / aspect).sqrt()
     high = (area / log_ratio.exp() * aspect).sqrt()
     fits = (wide <= 1) & (high <= 1)
@@ -1966,8 +1969,10 @@ def sample_affine(aspects, cfg, generator):
     for angle in turns:
         cos = angle.cos()
         sin = angle.sin()
+        # A turn is undone after those before it in the list, so its matrix stands on their left.
         frames.append(affine_matrix(cos, -sin, sin, cos) @ frames[-1])
     to_source = crop @ frames[-1]
+    # frames[0] is the output itself, which no pixel leaves: it needs no matrix.
     matrices = torch.stack([to_source, *frames[1:]], 1)  # (N, M, 3, 3)
     return matrices[:, :, :2].float()  # the last row is 0, 0, 1
 
@@ -1981,8 +1986,10 @@ def coordinates(matrices, size):
     """
     # Centres of `size` pixels on [-1, 1]: (size,).
     line = (torch.arange(size, device=matrices.device) * 2 + 1) / size - 1
+    # The columns: what a step along x or y adds to a place, and where the middle lies.
     along_x, along_y, shift = matrices.unbind(2)  # (N, 2) each
     rows = along_y[..., None] * line + shift[..., None]  # (N, 2, size)
+    # (N, 2, 1, size) + (N, 2, size, 1): x runs along a row, y from row to row.
     return along_x[..., None, None] * line + rows[..., None]
 
 
@@ -1996,10 +2003,13 @@ def warp(images, matrices, size):
     """
     to_source, *frames = matrices.unbind(1)
     grid = coordinates(to_source, size).permute(0, 2, 3, 1)  # (B, size, size, 2), as torch wants it
+    # In float, for grid_sample interpolates no integers and wants images and grid of one type.
     out = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
     for frame in frames:
         # How far a pixel lies outside of the frame, which reaches from -1 to 1: (B, 1, size, size).
+        # The larger of |x| and |y|, for the frame is a square.
         outside = coordinates(frame, size).abs_().amax(1, keepdim=True).sub_(1)
+        # A pixel is 2 / size wide in these coordinates.
         # In pixels, from 1 (inside) to 0 (outside), one half on the edge itself.
         out *= outside.mul_(-size / 2).add_(0.5).clamp_(0, 1)
     return out
@@ -2034,6 +2044,7 @@ class BatchLoader:
 
     def __init__(self, split, cfg, device, train=False, batch_size=None, shared=True):
         wanted = training_form(cfg)
+        # Without training either form will do: test-time augmentation reads whole pictures.
         if train and split.form != wanted:
             raise UserError(f"the config wants the {wanted} form, not {split.form}")
         self.dataset = split  # named as in torch's DataLoader
@@ -2047,6 +2058,7 @@ class BatchLoader:
         if shared:
             # Each process takes its part of every batch.
             self.rank, self.world = rank_and_world()
+        # What batches are read from; `move_images` puts a copy on the GPU in its place.
         self.images = split.images
         self.labels = split.labels.to(self.device)
         if train:
@@ -2054,6 +2066,7 @@ class BatchLoader:
 
     def _check_step_size(self):
         """UserError where a step has fewer images than there are processes."""
+        # A shorter last step has two images for each process, or it joins the one before.
         smallest = min(self.batch_size, len(self.split))
         if smallest < self.world:
             raise UserError(
@@ -2072,10 +2085,12 @@ class BatchLoader:
 
     def give_images_back(self):
         """Leave the GPU's memory to others: from here on the images are read from the host."""
+        # The mapped tensor again; the GPU's copy goes with its last reference.
         self.images = self.split.images
 
     def set_epoch(self, epoch):
         """Choose the epoch whose order and views the next iteration yields."""
+        # Where views are replayed, an epoch has the number of the one that it repeats.
         self.epoch = self.cfg.view_epoch(epoch)
 
     def batches(self):
@@ -2102,6 +2117,7 @@ class BatchLoader:
         # All rows at once, so that a row's view does not depend on the batch that it is in.
         draw = self.draw_epoch()
         for step in self.batches():
+            # The parts differ by one image at most, and together they are the step.
             rows = step.tensor_split(self.world)[self.rank]
             images = self.views_of(rows, draw)
             labels = self.labels[rows.to(self.device, non_blocking=True)]
@@ -2115,6 +2131,7 @@ class BatchLoader:
         if draw is None:
             draw = self.draw_epoch()
         rows_there = rows.to(self.device, non_blocking=True)
+        # The type alone, for the devices "cuda" and "cuda:0" are not equal.
         if self.images.device.type == self.device.type:
             images = self.images[rows_there]
         else:
@@ -2142,6 +2159,7 @@ class BatchLoader:
         """
         if not self.train:
             return None
+        # Stream 0 is the order's: shuffling and views are drawn independently.
         generator = self._generator(1)
         if not self.cfg.crop_scale:
             flips = torch.rand(len(self.split), generator=generator) < self.cfg.hflip
@@ -2160,6 +2178,7 @@ def images_on_gpu(*loaders):
     What makes many passes asks for it. A single pass is as fast from the host, and a loader that
     outlives its stage, as a notebook's does, must not hold gigabytes.
     """
+    # A DataLoader, or None for no validation, has no images to move.
     ours = [loader for loader in loaders if isinstance(loader, BatchLoader)]
     try:
         for loader in ours:
@@ -2183,6 +2202,7 @@ def load_labelled(cfg, data):
     Raises UserError where the data cannot be decoded or the cache not be written.
     """
     train = load_data(data, "training", training_form(cfg), cfg.image_size)
+    # Validation is scored on the reference crop, whatever the training views are.
     valid = load_data(data, "validation", "eval", cfg.image_size)
     return train, valid
 
@@ -2190,6 +2210,7 @@ def load_labelled(cfg, data):
 def loaders_of(train, valid, cfg, device):
     """(training BatchLoader, validation BatchLoader) of two Splits."""
     train_loader = BatchLoader(train, cfg, device, train=True)
+    # Nothing is kept for a backward pass, so larger batches fit.
     valid_loader = BatchLoader(valid, cfg, device, batch_size=2 * cfg.batch_size)
     return train_loader, valid_loader
 
@@ -2237,20 +2258,24 @@ def dwpw_conv(in_channels, out_channels, kernel_size=3, stride=2, padding=1):
 def sample_student(cfg):
     """The course's sample net: 59,723 parameters. (B, 3, H, W) -> logits (B, 11)."""
     layers = OrderedDict(
+        # No padding: each convolution makes the map two pixels smaller. Sizes are those for 224.
         conv1=nn.Conv2d(3, 4, 3),
         bn1=nn.BatchNorm2d(4),
         relu1=nn.ReLU(),
         conv2=nn.Conv2d(4, 16, 3),
         bn2=nn.BatchNorm2d(16),
         relu2=nn.ReLU(),
+        # (B, 16, 220, 220) -> (B, 16, 110, 110)
         pool2=nn.MaxPool2d(2),
         conv3=nn.Conv2d(16, 64, 3),
         bn3=nn.BatchNorm2d(64),
         relu3=nn.ReLU(),
+        # (B, 64, 108, 108) -> (B, 64, 54, 54)
         pool3=nn.MaxPool2d(2),
         conv4=nn.Conv2d(64, 84, 3),
         bn4=nn.BatchNorm2d(84),
         relu4=nn.ReLU(),
+        # (B, 84, 52, 52) -> (B, 84, 26, 26)
         pool4=nn.MaxPool2d(2),
         pool=GlobalAvgPool(),
         fc=nn.Linear(84, NUM_CLASSES),
@@ -2264,6 +2289,7 @@ def plain_student():
     Its layers are as wide as the teacher's, so that they can be compared with them.
     """
     stem = nn.Sequential(
+        # No bias: the batch norm behind it would subtract it again.
         nn.Conv2d(3, 48, 7, stride=2, padding=3, bias=False),
         nn.BatchNorm2d(48),
         nn.ReLU(),
@@ -2314,6 +2340,7 @@ def dwpw_student(cfg):
     )
 
     def block(in_channels, out_channels, stride):
+        # Kernels are odd (see Config), so a map keeps its size where the stride is 1.
         padding = cfg.kernel_size // 2
         return dwpw_conv(in_channels, out_channels, cfg.kernel_size, stride, padding)
 
@@ -2348,6 +2375,7 @@ class InvertedResidual(nn.Module):
         self.shortcut = stride == 1 and in_channels == out_channels
         self.expand = conv_bn(in_channels, wide)
         self.depthwise = conv_bn(wide, wide, kernel_size, stride, groups=wide)
+        # No activation at the narrow end, where it would cut away what few channels hold.
         self.project = conv_bn(wide, out_channels, activate=False)
 
     def forward(self, x):
@@ -2395,6 +2423,7 @@ def build_student(cfg):
     if cfg.student not in NETS:
         name = printable(repr(cfg.student))
         raise UserError(f"student={name}: allowed is one of {', '.join(NETS)}")
+    # Weights are drawn on the CPU, whose generator is put back after the block.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
         return NETS[cfg.student](cfg)
@@ -2415,6 +2444,7 @@ def check_budget(model, limit=PARAM_LIMIT):
     before its student predicts. A block that stands alone, dwpw_conv(64, 128), is counted too.
     """
     once = sum(p.numel() for p in model.parameters())
+    # Any size will do, for the count does not depend on it; a small one is fast.
     at_each_call = sum(own for _, _, own in trace_calls(model, 64))
     count = max(once, at_each_call)
     if count > limit:
@@ -2447,21 +2477,26 @@ def trace_calls(model, image_size):
     calls = []
 
     def record(module, inputs, output):
+        # The children's parameters are counted at the children's own calls.
         own = sum(p.numel() for p in module.parameters(recurse=False))
         if own:
+            # The shape without the batch.
             calls.append((names.get(module, "(hidden)"), tuple(output.shape[1:]), own))
 
     with (
         evaluation_mode(model) as device,
+        # For all modules there are, so that one which the net holds in a plain list is seen too.
         nn.modules.module.register_module_forward_hook(record),
     ):
         try:
             model(torch.zeros(1, 3, image_size, image_size, device=device))
         except RuntimeError:
+            # A net that fails on images shows its own error; only a block gets a second try.
             channels = first_channels(model)
             if channels in (None, 3):
                 raise
             # It is no net but a block, which takes feature maps.
+            # The calls before the error would be counted twice.
             calls.clear()
             model(torch.zeros(1, channels, image_size, image_size, device=device))
     return calls
@@ -2499,6 +2534,7 @@ def count_macs(model, image_size):
     """
     with illustration():
         return macs_by_module(model, image_size)[""]
+    # Reached where the count failed, for `illustration` lets the block end early.
     return math.nan
 
 
@@ -2512,10 +2548,12 @@ def layer_table(model, image_size=224):
     rows = []
     for name, shape, parameters in trace_calls(model, image_size):
         output = " x ".join(map(str, shape))
+        # torch has no entry for what is no convolution or product, batch norm for example.
         rows.append((name, output, parameters, macs.get(name, 0)))
     frame = pd.DataFrame(rows, columns=["layer", "output", "parameters", "multiply-adds"])
     # "layer1.0.expand.0" belongs to the block "layer1.0".
     block = frame["layer"].str.split(".").str[:2].str.join(".")
+    # In the order of the forward pass; a block's output is that of its last layer.
     frame = frame.groupby(block, sort=False).agg(
         {"output": "last", "parameters": "sum", "multiply-adds": "sum"}
     )
@@ -2538,6 +2576,7 @@ def state_dicts_in(saved):
     The file itself comes first, under the name "". What is no tensor is left out.
     """
     found = []
+    # A queue: outer dicts are looked at before those inside them.
     waiting = [("", saved)]
     while waiting:
         name, value = waiting.pop(0)
@@ -2561,10 +2600,12 @@ def without_prefix(tensors, first_key):
     """
     prefixes = []
     for key in tensors:
+        # With a dot before both, so that "deconv1.weight" is not taken for "conv1.weight".
         if f".{key}".endswith(f".{first_key}"):
             prefixes.append(key.removesuffix(first_key))
     if not prefixes:
         return None
+    # The shortest, for in a ResNet "layer1.0.conv1.weight" ends with the first key too.
     prefix = min(prefixes, key=len)
     plain = OrderedDict()
     for key, tensor in tensors.items():
@@ -2587,6 +2628,7 @@ def misfit(state, net):
     other = [key for key in state if key not in wanted]
     if other:
         return f"it also has {some_of(other)}"
+    # Every key is one of the net's by now, and only shapes can differ.
     for key, tensor in state.items():
         if tensor.shape != wanted[key].shape:
             ours = " x ".join(map(str, wanted[key].shape))
@@ -2620,6 +2662,7 @@ def unusable_values(key, tensor):
     values = tensor.float()
     if not values.isfinite().all():
         return "values that are not finite"
+    # Batch norm takes its root, which would make NaN of every answer.
     if key.endswith("running_var") and (values < 0).any():
         return "variances below zero"
     return None
@@ -2649,6 +2692,7 @@ def load_net(path, first_key, net_for, what):
             fitting[name] = (net, state)
     if not fitting:
         holds = describe_contents(saved)
+        # The first misfit belongs to the outermost dict that looked like a net.
         why = f"{reasons[0]}; " if reasons else ""
         raise UserError(f"{path} is not loaded: it is no {what} ({why}it holds {holds})")
     name = the_one_to_take(path, list(fitting))
@@ -2662,6 +2706,7 @@ def the_one_to_take(path, names):
     """Which of several fitting state dicts is loaded; UserError where none is the plain one."""
     if len(names) == 1:
         return names[0]
+    # In order of preference: the file itself, then the names that training scripts use.
     for usual in ("", "state_dict", "model"):
         if usual in names:
             say(f"{path} holds {len(names)} nets; taken is {usual or 'the outer one'}")
@@ -2688,6 +2733,7 @@ def describe_contents(saved):
     text = ", ".join(parts)
     if len(saved) > len(parts):
         text += f", ... ({len(saved)} entries)"
+    # `quoted` makes a stranger's keys printable and short; its quotation marks go.
     return quoted(text, 200)[1:-1]
 
 
@@ -2702,6 +2748,7 @@ class AveragedTeachers(nn.Module):
         self.members = nn.ModuleList(teachers)
 
     def forward(self, x):
+        # fp32 before the softmax, whatever autocast made of the logits.
         log_p = [F.log_softmax(teacher(x).float(), 1) for teacher in self.members]
         # log of the mean of p, without leaving logarithms: (members, B, 11) -> (B, 11).
         return torch.logsumexp(torch.stack(log_p), 0) - math.log(len(log_p))
@@ -2730,6 +2777,7 @@ def load_resnet(path):
 def resnet_for(state):
     """The ResNet that a state dict may belong to, with fresh weights."""
     name = "resnet18"
+    # A third convolution is in bottleneck blocks alone; ResNet-34's layer1 has a third block.
     if "layer1.0.conv3.weight" in state:
         name = "resnet50"
     elif "layer1.2.conv1.weight" in state:
@@ -2747,6 +2795,7 @@ def state_checksum(model):
     checksum = hashlib.sha256()
     for name, value in model.state_dict().items():
         checksum.update(name.encode())
+        # tobytes reads in C order, so a net in channels last has the same hash.
         checksum.update(value.cpu().numpy().tobytes())
     return checksum.hexdigest()
 
@@ -2768,14 +2817,17 @@ class TeacherViews:
     def __init__(self, cfg, loader, teacher_checksum, dtype=None):
         split = loader.split
         shape = (cfg.teacher_views, len(split), NUM_CLASSES)
+        # All that decides what picture a row shows, and how its logits are rounded.
         keys = ("seed", "image_size", "batch_size", "crop_scale")
         keys += ("hflip", "vflip", "rotation", "affine")
         settings = [str(dtype), loader.device.type, rank_and_world()[1]]
         settings += [getattr(cfg, name) for name in keys]
         name = fingerprint(teacher_checksum, split.ids, split.cache.name, shape, settings)
         self.path = cache_root() / f"teacher-{name}.logits"
+        # A cache belongs to a machine, whose first process makes the file.
         if is_first_on_node() and not self.path.is_file():
             self._create(name, shape)
+        # Nobody maps the file before it is there.
         barrier()
         self.logits = self._map(name, shape)
 
@@ -2785,20 +2837,24 @@ class TeacherViews:
         nothing_yet = np.full((n_images, n_classes), np.nan, np.float32).tobytes()
         with written_whole(self.path) as temporary, open(temporary, "wb") as file:
             file.write(name.encode())
+            # One view at a time, for all K in memory could be gigabytes.
             for _ in range(n_views):
                 file.write(nothing_yet)
 
     def _map(self, name, shape):
         """The logits (K, N, 11) float32, mapped: what is written to them is in the file."""
+        # 20 bytes of key, a multiple of 4, as a view of the rest in float32 wants it.
         start = len(name)
         size = start + 4 * math.prod(shape)
         with open(self.path, "rb") as file:
             stored_name = file.read(start)
+        # The file's name holds the key too, but a file may be renamed; only its content is trusted.
         if self.path.stat().st_size != size or stored_name != name.encode():
             raise UserError(
                 f"{self.path} holds the teacher's logits for other pictures or settings: delete it"
             )
         try:
+            # shared: what `write` stores goes into the file, for all processes of the machine.
             flat = torch.from_file(str(self.path), shared=True, size=size, dtype=torch.uint8)
         except RuntimeError:
             raise UserError(
@@ -2808,7 +2864,9 @@ class TeacherViews:
 
     def read(self, batch, device):
         """Stored logits (B, 11) of a Batch, or None if one of them is not stored yet."""
+        # view_epoch is e mod K already: one view, (B,) rows -> (B, 11).
         logits = self.logits[batch.view_epoch, batch.rows]
+        # NaN is "not stored yet"; for one of them the teacher answers the whole batch again.
         if logits.isnan().any():
             return None
         return logits.to(device, non_blocking=True)
@@ -2870,12 +2928,14 @@ def feature_hooks(model, layers):
     """
     features = {}
 
+    # A function that makes the hook, so that each hook has its own name and not the loop's last.
     def keep_as(name):
         def keep(module, inputs, output):
             features[name] = output.float()  # as the losses want it, whatever the autocast
 
         return keep
 
+    # A hook's handle is a context manager: it is removed with the stack, after an error too.
     with contextlib.ExitStack() as hooks:
         for name in layers:
             layer = model.get_submodule(name)
@@ -2892,6 +2952,7 @@ def features_of(model, layers, images):
 
 def pooled_to(maps, side):
     """Feature maps (B, C, H, W) in fp32; larger ones are averaged down to (B, C, side, side)."""
+    # Maps are square, for images are.
     if maps.shape[-1] == side:
         return maps.float()
     return F.adaptive_avg_pool2d(maps.float(), side)
@@ -2911,6 +2972,7 @@ def alignment(student_maps, teacher_maps, weights, adapters):
         side = min(ours.shape[-1], theirs.shape[-1])
         ours = adapters[layer](pooled_to(ours, side))  # (B, teacher's channels, side, side)
         theirs = pooled_to(theirs, side)
+        # The mean over images, channels and places: a large map weighs no more than a small one.
         total = total + weight * F.smooth_l1_loss(ours, theirs)
     return total
 
@@ -2920,6 +2982,7 @@ def build_adapters(cfg, student, teacher, layers):
 
     Their weights are drawn from cfg.seed; the global random state is left alone.
     """
+    # A forward pass tells the widths of any net, a learner's own too.
     image = torch.zeros(1, 3, cfg.image_size, cfg.image_size)
     names = dict(student.named_modules())
     missing = [layer for layer in layers if layer not in names]
@@ -2928,6 +2991,7 @@ def build_adapters(cfg, student, teacher, layers):
             f"{cfg.exp_name} aligns {', '.join(layers)}: the student has no {', '.join(missing)}; "
             "name its layers so, or set align_weights=()"
         )
+    # (1, C, H, W) for each layer, of which C is of use here.
     ours = features_of(student, layers, image)
     theirs = features_of(teacher, layers, image)
     adapters = nn.ModuleDict()
@@ -2950,6 +3014,7 @@ Distilled = namedtuple("Distilled", "loss terms student_logits teacher_logits")
 
 def taught_functions():
     """The loss, the alignment and the schedule that train where nobody hands in their own."""
+    # Returned by a function, for in DistillLoss.__init__ arguments of these names hide them.
     return loss_fn_kd, alignment, loss_weights
 
 
@@ -2979,6 +3044,7 @@ class DistillLoss(nn.Module):
             )
         if cfg.aligns and isinstance(teacher, AveragedTeachers):
             raise UserError(f"{cfg.exp_name} aligns layers, which wants a single teacher")
+        # A teacher that no term asks about would only cost time, and a checksum in the run's facts.
         if not cfg.needs_teacher:
             teacher = None
         self.cfg = cfg
@@ -2991,6 +3057,7 @@ class DistillLoss(nn.Module):
         self.alignment = alignment or standard_alignment
         self.loss_weights = loss_weights or standard_weights
         self.layers = cfg.aligned_layers
+        # Registered, unlike the teacher: the optimizer moves them and a checkpoint keeps them.
         self.adapters = nn.ModuleDict()
         if self.layers:
             self.adapters = build_adapters(cfg, student, teacher, self.layers)
@@ -3030,6 +3097,7 @@ class DistillLoss(nn.Module):
                 self._autocast(images),
                 feature_hooks(self.teacher, self.layers) as teacher_maps,
             ):
+                # It sees the very views that the student sees.
                 teacher_logits = self.teacher(images)
 
         kd, alpha, align = self.weights
@@ -3076,6 +3144,7 @@ def same_tensors(given, wanted):
     for x, y in zip(given, wanted, strict=True):
         if x.shape != y.shape:
             return False
+        # Loose enough for sums that are taken in another order.
         if not torch.allclose(x.float(), y.float(), rtol=1e-3, atol=1e-4, equal_nan=True):
             return False
     return True
@@ -3085,6 +3154,7 @@ def mistakes_to_try(mistakes):
     """Yield (hint, changes): each mistake alone, then each two that can be made at once."""
     yield from mistakes.items()
     for one, other in itertools.combinations(mistakes, 2):
+        # Two mistakes that change the same choice cannot be made at once.
         if not mistakes[one].keys() & mistakes[other].keys():
             yield f"{one}. And: {other}", mistakes[one] | mistakes[other]
 
@@ -3124,6 +3194,7 @@ def first_difference(given, wanted):
         if x.shape != y.shape:
             return f"its result {number} has the shape {tuple(x.shape)}, not {tuple(y.shape)}"
         if not same_tensors([x], [y]):
+            # NaN counts as the largest difference.
             place = (x - y).abs().nan_to_num(math.inf).flatten().argmax()
             ours = x.flatten()[place]
             return f"it gives {ours:.4f} where {y.flatten()[place]:.4f} is wanted"
@@ -3146,6 +3217,7 @@ def judge(answer, reference, observe, variant, mistakes, name=None):
     of it, a list of tensors. variant(*arguments, **changes): the function with a mistake. name: of
     the reference, where its own says less.
     """
+    # Outside of the try, for an error of the reference is not the learner's.
     wanted = observe(reference)
     try:
         given = seen_of(observe, answer)
@@ -3327,6 +3399,7 @@ def soft_variant(student_logits, teacher_logits, temperature, choices):
     log_q = F.log_softmax(teacher_logits / temperature**choices.teacher_power, choices.dim)
     distributions = {"log p": log_p, "p": log_p.exp(), "log q": log_q, "q": log_q.exp()}
     first, second = (distributions[name] for name in choices.kl_div)
+    # Summed here and divided below, so that the divisor is a choice.
     total = choices.sign * F.kl_div(first, second, reduction="sum")
     divisors = {"batch": len(log_p), "batch and classes": log_p.numel(), "nothing": 1}
     return total / divisors[choices.divisor]
@@ -3346,9 +3419,11 @@ def kd_variant(student_logits, labels, teacher_logits, alpha, temperature, **cha
     """loss_fn_kd with some of RIGHT_KD changed."""
     choices = choices_of(RIGHT_KD, changes)
     if choices.swaps_numbers:
+        # Put back, else the call below would swap again.
         changes = changes | {"swaps_numbers": False}
         return kd_variant(student_logits, labels, teacher_logits, temperature, alpha, **changes)
     if choices.swaps_nets:
+        # Put back, for the same reason.
         changes = changes | {"swaps_nets": False}
         return kd_variant(teacher_logits, labels, student_logits, alpha, temperature, **changes)
     soft_loss = soft_variant(student_logits, teacher_logits, temperature, choices)
@@ -3375,6 +3450,7 @@ def observe_kd(function):
     gradients = []
     for student, labels, teacher, alpha, temperature in kd_test_cases():
         student = student.requires_grad_()
+        # A copy, by which writing in place is noticed.
         given = teacher.clone()
         value = function(student, labels, given, alpha, temperature)
         if not torch.equal(given, teacher):
@@ -3402,6 +3478,7 @@ def check_loss_fn_kd(my_loss):
                 gradients, lambda function: observe_kd(function)[1], kd_variant, KD_MISTAKES
             )
             raise WrongAnswer(known or unknown_kd_mistake(values, wanted_values))
+        # Training stops at a loss that is not finite, however good its gradient.
         if not torch.stack(values).isfinite().all():
             raise WrongAnswer("its value is not a finite number")
     except WrongAnswer as why:
@@ -3471,6 +3548,7 @@ def dwpw_variant(in_channels, out_channels, kernel_size=3, stride=2, padding=1, 
         kernel_size = choices.always_kernel
     if choices.always_padding is not None:
         padding = choices.always_padding
+    # The chosen key replaces one of the first two; "nothing" is a third one that nobody reads.
     strides = {"depthwise": 1, "pointwise": 1, choices.stride_on: stride}
     # The depthwise convolution keeps the number of channels.
     width = out_channels if choices.pointwise_first else in_channels
@@ -3478,6 +3556,7 @@ def dwpw_variant(in_channels, out_channels, kernel_size=3, stride=2, padding=1, 
     groups = choices.groups or width
     depthwise = nn.Conv2d(width, width, kernel_size, groups=groups, **settings)
     settings = {"stride": strides["pointwise"], "bias": choices.bias}
+    # The most groups that divide both widths.
     groups = math.gcd(in_channels, out_channels) if choices.pointwise_groups else 1
     pointwise = nn.Conv2d(in_channels, out_channels, 1, groups=groups, **settings)
     convolutions = [depthwise, pointwise]
@@ -3522,6 +3601,7 @@ def parameters_as_called(block, images):
             hooks.enter_context(layer.register_forward_pre_hook(note))
         block(images)
     parameters = []
+    # Each layer once, in the order of its first call.
     for layer in dict.fromkeys(layers):
         parameters += layer.parameters(recurse=False)
     return parameters
@@ -3531,11 +3611,14 @@ def observe_block(function):
     """Of blocks with several settings: the number of parameters, and output for fixed weights."""
     images = torch.randn(4, 8, 12, 12, generator=torch.Generator().manual_seed(1))
     seen = []
+    # (in, out, kernel_size, stride, padding); each of the last three leaves its default once.
     for settings in ((8, 12), (8, 12, 3, 1, 1), (8, 12, 5, 2, 2), (8, 12, 5, 2, 0)):
         block = function(*settings)
         if not isinstance(block, nn.Module):
             raise WrongAnswer(f"it returns {kind_of(block)}, where a module is wanted")
         count = sum(parameter.numel() for parameter in block.parameters())
+        # In the order of calls, so that it does not matter in which order a block defines its
+        # layers.
         fill_with_numbers(parameters_as_called(block, images))
         output = block(images).detach()
         seen += [torch.tensor(float(count)), torch.tensor(output.shape).float(), output]
@@ -3562,6 +3645,7 @@ def check_student(answer, image_size=64, limit=PARAM_LIMIT):
     parameters, and let gradients reach every parameter.
     """
     try:
+        # A copy, for the checks change its mode and leave gradients.
         student = seen_of(lambda build: copy.deepcopy(build_own(build)), answer)
         seen_of(lambda net: check_logits(net, image_size), student)
         count = seen_of(lambda net: check_budget(net, limit), student)
@@ -3595,8 +3679,10 @@ def check_logits(net, image_size):
             except RuntimeError as error:
                 why = str(error).splitlines()[0]
                 raise WrongAnswer(f"it fails on images of {side} x {side}: {why}") from None
+        # In eval mode batch norm uses what it stored, so an image cannot see its neighbours.
         if not torch.allclose(together[:1], alone, rtol=1e-3, atol=1e-3):
             raise WrongAnswer("its answer about an image depends on the others of the batch")
+        # The sums of three images' logits are all 1 only after a softmax.
         if torch.allclose(together.sum(1), torch.ones(3, device=device), atol=1e-4):
             raise WrongAnswer("it gives probabilities: leave the softmax to the loss")
 
@@ -3608,6 +3694,7 @@ def check_gradients(net, image_size):
     images = torch.randn(4, 3, image_size, image_size, device=device)
     labels = torch.arange(4, device=device)
     F.cross_entropy(net(images), labels).backward()
+    # None and not zero: a ReLU that is off has gradient zero, and may be on for other images.
     idle = [name for name, p in net.named_parameters() if p.requires_grad and p.grad is None]
     if idle:
         raise WrongAnswer(
@@ -3767,6 +3854,7 @@ def schedule_variant(cfg, progress, **changes):
 def observe_schedule(function):
     """(kd, alpha, align) of a schedule at several progresses, with handover and without."""
     seen = []
+    # 0.3 is neither the default alpha nor 1 - p ** 2 at any of these progresses.
     for cfg in (BOSS, replace(BOSS, loss_schedule="constant", alpha=0.3)):
         for progress in (0.25, 0.6, 1.0):
             weights = function(cfg, progress)
@@ -3857,6 +3945,8 @@ class MadeUpBatches:
         return 2
 
     def __iter__(self):
+        # Seeded by the epoch alone, so a loop that leaves out set_epoch sees the same batches
+        # again.
         generator = torch.Generator().manual_seed(self.epoch)
         for _ in range(len(self)):
             images = torch.randn(6, 3, 8, 8, generator=generator)
@@ -3866,6 +3956,7 @@ class MadeUpBatches:
 
 def observe_loop(function):
     """The weights and statistics of a small net after a training loop on made-up batches."""
+    # None of them is Adam's default, so that a setting which is left out shows in the weights.
     cfg = Config(lr=0.03, weight_decay=0.1, grad_norm_max=0.5, n_epochs=2, amp="off")
     # Without a bias before the batch norm: its gradient is nothing but rounding.
     student = nn.Sequential(
@@ -3875,6 +3966,7 @@ def observe_loop(function):
         GlobalAvgPool(),
         nn.Linear(4, NUM_CLASSES),
     )
+    # In eval mode, so that a loop which never calls train() shows in the statistics.
     fill_with_numbers(student.to(pick_device()).eval().parameters())
     function(student, MadeUpBatches(), cfg)
     return [value.detach().float() for value in student.state_dict().values()]
@@ -3921,6 +4013,7 @@ def learning_rate(cfg, epoch):
     if cfg.lr_schedule == "constant":
         return cfg.lr
     # 3) half a cosine from lr down to zero over the epochs that remain
+    # 1e-9 against a division by zero where all epochs are warm-up.
     done = (epoch - cfg.warmup_epochs) / max(cfg.n_epochs - cfg.warmup_epochs, 1e-9)
     return cfg.lr * (1 + math.cos(math.pi * min(done, 1.0))) / 2
 
@@ -3934,6 +4027,7 @@ def best_so_far(history):
     since = 0
     for row in history:
         since += 1
+        # A comparison with NaN, the score of an epoch without validation, is false.
         if row["valid_acc"] > best:
             best = row["valid_acc"]
             since = 0
@@ -3955,7 +4049,9 @@ class TrainState:
         self.loss_fn = loss_fn
         self.history = []
         self.best = copy_of_weights(loss_fn.student)  # of the best epoch by validation accuracy
+        # Student and adapters; the teacher is not registered.
         self.optimizer = build_optimizer(loss_fn.cfg, loss_fn.parameters())
+        # bf16 has the range of fp32, so only fp16 needs its loss scaled.
         in_fp16 = loss_fn.dtype is torch.float16
         self.scaler = torch.amp.GradScaler(loss_fn.device.type, enabled=in_fp16)
 
@@ -3981,6 +4077,7 @@ def copy_of_weights(model):
     """A copy of a model's state dict, contiguous and on the CPU."""
     weights = {}
     for name, value in model.state_dict().items():
+        # Channels last is this device's choice; a file holds the plain layout.
         weights[name] = value.cpu().clone(memory_format=torch.contiguous_format)
     return weights
 
@@ -4033,11 +4130,13 @@ def train_one_epoch(state, forward, loader, epoch, views=None, on_step=None):
         out = forward(images, labels, stored)
         # The rate moves with every step.
         lr = learning_rate(cfg, epoch + step / n_steps)
+        # The weight is 1, except where the processes' parts of a step differ in size (see Batch).
         optimizer_step(state, out.loss * batch.weight, lr, cfg.grad_norm_max)
         # The teacher answered anew: kept for the epoch in which this view comes again.
         if views and stored is None:
             views.write(batch, out.teacher_logits)
 
+        # The loss without the weight, for the sums count by images.
         sums.add(out, labels)
         unchecked.append((out.loss.detach(), batch.rows, out.teacher_logits))
         # Looking at a loss waits for the device, so it is done for many steps together.
@@ -4088,11 +4187,13 @@ def check_finite(losses, cfg, epoch, loader):
     CHECK_FINITE_EVERY batches and not at each. The teacher is asked first: where its answers are
     not finite, no learning rate helps.
     """
+    # One transfer for all steps since the last look.
     good = torch.stack([loss for loss, *_ in losses]).isfinite().tolist()
     if all(good):
         return
     _, rows, teacher_logits = losses[good.index(False)]
     where = ""
+    # A DataLoader does not tell which images a batch has.
     if rows is not None:
         ids = [loader.split.ids[row] for row in rows[:8].tolist()]
         where = f" at the images {', '.join(ids)}, ..."
@@ -4117,6 +4218,7 @@ def check_scale(scaler, scale_before, cfg, epoch, n_steps):
     if not scaler.is_enabled():
         return
     scale = scaler.get_scale()
+    # The scale after an epoch of which every step was left out.
     halved_each_step = scale_before * scaler.get_backoff_factor() ** n_steps
     if scale not in (0, halved_each_step):  # 0: halved until nothing was left
         return
@@ -4219,6 +4321,7 @@ def fit(loss_fn, train_loader, valid_loader, folder=None):
         raise UserError(
             "teacher_views wants a BatchLoader: a DataLoader's views cannot be replayed"
         )
+    # Layout and precision, in case the caller moved the net by hand.
     loss_fn.on(loss_fn.device)
     lock = folder.lock() if folder else contextlib.nullcontext()
     with lock, out_of_memory_named(cfg), images_on_gpu(train_loader, valid_loader):
@@ -4228,11 +4331,14 @@ def fit(loss_fn, train_loader, valid_loader, folder=None):
             folder.add_contents("training", train_loader.dataset)
             folder.add_contents("validation", getattr(valid_loader, "dataset", None))
             folder.restore(state)
+        # Before the first step: processes that differ would wait for each other or average
+        # nonsense.
         check_processes_agree(facts_of_training(loss_fn, train_loader, state.history, folder))
         views = None
         if isinstance(train_loader, BatchLoader):
             say(describe_run(cfg, train_loader))
         if cfg.replays:
+            # Part of the stored logits' key, for another teacher answers differently.
             checksum = state_checksum(loss_fn.teacher)
             views = TeacherViews(cfg, train_loader, checksum, loss_fn.dtype)
         if folder:
@@ -4245,6 +4351,7 @@ def fit(loss_fn, train_loader, valid_loader, folder=None):
                 say_how_to_go_on(cfg, state.history, folder)
             raise
         finally:
+            # After an error too: the caller's net is the best one in any case.
             loss_fn.student.load_state_dict(state.best)
     return state.history
 
@@ -4270,12 +4377,14 @@ def facts_of_training(loss_fn, loader, history, folder=None):
     facts = folder.facts if folder else run_facts(loss_fn)
     steps = len(loader)
     if isinstance(loader, BatchLoader):
+        # The rows themselves, so that another order or batch size is noticed.
         steps = fingerprint([rows.tolist() for rows in loader.batches()])
     together = {
         "history": fingerprint(history),
         "steps": steps,
         "code": fingerprint(Path(__file__).read_text(encoding="utf-8")),
     }
+    # The settings one by one as well, so that a message can name the one that differs.
     return {**facts["config"], **facts, **together}
 
 
@@ -4288,6 +4397,7 @@ def train_epochs(state, train_loader, valid_loader, views, folder):
     forward = data_parallel(loss_fn)
     display = RunDisplay(cfg, len(train_loader.dataset), state.history)
     with contextlib.closing(display.bar):
+        # The length of the history is the clock, so a restored run goes on at the right epoch.
         while not is_finished(state.history, cfg):
             epoch = len(state.history)
             if time_is_up(cfg, state.history, loss_fn.device):
@@ -4298,6 +4408,7 @@ def train_epochs(state, train_loader, valid_loader, views, folder):
                 )
                 break
             start = time.perf_counter()
+            # The scale before the epoch, for `check_scale`; 1 where it is not fp16.
             scale = state.scaler.get_scale()
             row = train_one_epoch(state, forward, train_loader, epoch, views, display.on_step)
             check_scale(state.scaler, scale, cfg, epoch, len(train_loader))
@@ -4318,6 +4429,7 @@ def train_epochs(state, train_loader, valid_loader, views, folder):
             if folder:
                 folder.save(state)
             else:
+                # `save` would have let the processes wait for each other.
                 barrier()
 
 
@@ -4379,6 +4491,7 @@ def run_facts(loss_fn, data=None):
         "teacher_checksum": None,
         "processes": rank_and_world()[1],
     }
+    # Only what is used counts: editing a loss that is not trained with must not refuse a run.
     if loss_fn.teacher is not None:
         facts["loss_fn_kd"] = code_fingerprint(loss_fn.loss_fn_kd)
         facts["loss_weights"] = code_fingerprint(loss_fn.loss_weights)
@@ -4448,6 +4561,7 @@ class RunFolder:
             found = self._where_to_go_on()
         found = from_first_process(found)
         self.began_fresh = self.fresh
+        # From here on the folder's run is this one, and nothing of it is to be cleared.
         self.fresh = False
         if found is None:
             return
@@ -4455,6 +4569,7 @@ class RunFolder:
         try:
             state.load_state_dict(saved)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            # An entry is not there, or a state dict does not fit.
             why = str(error).splitlines()[0]
             raise UserError(
                 f"{place} holds a run of another student or program ({why}); "
@@ -4466,6 +4581,7 @@ class RunFolder:
         n = len(state.history)
         best = best_so_far(state.history)[0]
         score = ""
+        # -1: no epoch has been validated yet.
         if best >= 0:
             score = f" ({n} epochs, best validation accuracy {best:.4f})"
         say(f"{self.cfg.exp_name}: {what} from {place}{score}")
@@ -4480,6 +4596,7 @@ class RunFolder:
         for why in self.damaged.values():
             say(f"WARNING: {why}; going on from {PREVIOUS}, the save before it")
         for attached, folder in self._attached():
+            # The longer run wins; of two of one length, this folder's own.
             if saved is None or len(attached["history"]) > len(saved["history"]):
                 saved = attached
                 place = folder
@@ -4499,6 +4616,7 @@ class RunFolder:
                 save_checkpoint(state.best, self.path / BEST)
             log = pd.DataFrame(state.history, columns=HISTORY_COLUMNS)
             write_text(self.path / "log.csv", log.to_csv(index=False))
+            # last.ckpt at the end: killed before it, the run goes on from the save before.
             if last or not (self.path / LAST).is_file():
                 saved = {"facts": json.dumps(self.facts), **state.state_dict()}
                 save_checkpoint(saved, self.path / LAST, keep_as=PREVIOUS)
@@ -4506,6 +4624,7 @@ class RunFolder:
 
     def clear(self):
         """Forget the run: nothing goes on from here any more."""
+        # The result too, else an old CSV could still be taken for the best.
         for name in (LAST, PREVIOUS, BEST, RESULT):
             (self.path / name).unlink(missing_ok=True)
 
@@ -4522,6 +4641,7 @@ class RunFolder:
         An earlier session's output, attached as an input, is found so. A run with other settings is
         ignored with a message.
         """
+        # With the folder in between ("demo/simple"), so that a demo run looks for demo runs.
         name = Path(self.cfg.exp_name)
         if self.path.is_relative_to(default_out()):
             name = self.path.relative_to(default_out())
@@ -4541,12 +4661,14 @@ class RunFolder:
 
         The number of processes may differ where the run is finished.
         """
+        # The settings one by one; "config" as a whole is left out below.
         was = {**saved["facts"], **saved["facts"]["config"]}
         now = {**self.facts, **self.facts["config"]}
         may_differ = {"config"} | settings_that_may_differ(saved, self.cfg)
         if is_finished(saved["history"], self.cfg):
             may_differ.add("processes")
         different = []
+        # The keys of both, for another version of the program may have more or fewer.
         for name in {**was, **now}:
             if name in may_differ or was.get(name) == now.get(name):
                 continue
@@ -4594,6 +4716,7 @@ def check_folders(configs, data, out=None):
 def different_settings(saved, cfg):
     """The Config keys in which a saved run differs from `cfg` so that it cannot go on."""
     was = saved["facts"]["config"]
+    # By way of JSON, for in a file tuples are lists.
     now = json.loads(json.dumps(dataclasses.asdict(cfg)))
     may_differ = settings_that_may_differ(saved, cfg)
     return [key for key in {**was, **now} if key not in may_differ and was.get(key) != now.get(key)]
@@ -4637,6 +4760,7 @@ def checked_checkpoint(path):
     saved = load_file(path)
     try:
         saved["facts"] = json.loads(saved["facts"])
+        # This line and the next are there for the errors that they raise.
         dict(saved["facts"]["config"])
         best_so_far(saved["history"])  # reads each row, as all that follows does
     except (KeyError, TypeError, ValueError):
@@ -4687,6 +4811,7 @@ class Run:
 
     def student(self, device="cpu"):
         """A copy of the best net of this run, in eval mode."""
+        # A copy, so that whoever trains or moves it does not change this Run.
         net = copy.deepcopy(self.net).to("cpu", memory_format=torch.contiguous_format)
         return freeze(net).to(device)
 
@@ -4703,6 +4828,7 @@ def load_student(path, device="cpu"):
         facts = json.loads(Path(path).with_name("config.json").read_text())
         cfg = Config(**facts["config"])
         student = build_student(cfg)
+        # A net of a learner's own has a config too, but not the layers that the config builds.
         is_own = facts["layers"] != layers_fingerprint(student)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         why = printable(str(error).splitlines()[0])
@@ -4712,6 +4838,7 @@ def load_student(path, device="cpu"):
             f"{path} is a student of your own, which only the code that built it can load: "
             "predict with its Run"
         )
+    # `load_net` finds by it what stands before all keys.
     first_key = next(iter(student.state_dict()))
     what = "student of the config.json beside it"
     student = load_net(path, first_key, lambda state: student, what)
@@ -4765,6 +4892,7 @@ class Stage:
             self.splits = load_labelled(self.cfg, self.data)
             for split in self.splits:
                 self.folder.add_contents(split.name, split)
+            # Looked at again, for now what the images show is known and can be compared.
             if not self.folder.fresh:
                 self.folder.load()
         return self.splits
@@ -4780,6 +4908,7 @@ class Stage:
         history = None
         if processes > 1:
             history = train_in_processes(self, processes)
+        # One process trains, or the others could not be started.
         if history is None:
             history = fit(self.loss_fn, train_loader, valid_loader, self.folder)
         self.check_teacher()
@@ -4815,6 +4944,7 @@ class Stage:
             n_params=check_budget(self.student),
             macs=count_macs(self.student, self.cfg.image_size),
             correct=logits.argmax(1) == labels,
+            # Beside the folder; a stage's name has no dot that with_suffix could take for one.
             csv=path.with_suffix(".csv"),
             net=self.student,
             facts=self.folder.facts,
@@ -4869,8 +4999,10 @@ def prepare_stage(
     loss_fn.on(device or pick_device())
     say_if_module_changed()
     folder = RunFolder(stage_folder(cfg, data, out), loss_fn, data, fresh)
+    # The run's facts are those of the processes that will train it.
     if processes > 1:
         folder.facts["processes"] = processes
+    # Settings and code are compared here, the images when they are decoded.
     if not fresh:
         folder.load()
     return Stage(data, loss_fn, folder)
@@ -4884,6 +5016,7 @@ def own_student(cfg, student=None):
     if student is None:
         return build_student(cfg)
     if isinstance(student, nn.Module):
+        # A copy, so that a second stage with the same net starts from the same weights.
         return copy.deepcopy(student)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
@@ -4936,6 +5069,7 @@ def run(
         {
             "stages": names,
             "images": fingerprint(data.ids, data.labels),
+            # Whether there is one: its path may differ from machine to machine.
             "teacher": bool(teacher_path or data.teacher_path),
         }
     )
@@ -4943,6 +5077,7 @@ def run(
     if any(cfg.needs_teacher for cfg in configs):
         teacher = find_teacher(data, teacher_path, out, device, fresh)
     possible = possible_stages(configs, data, teacher)
+    # submission.csv belongs to no stage, so its folder has a lock of its own.
     with locked(out):
         # What is wrong with a later stage is said before the first one trains.
         prepared = [prepare_stage(cfg, data, teacher, out, fresh, device) for cfg in possible]
@@ -4978,6 +5113,7 @@ def train_in_turn(prepared):
     # Images that a later stage cannot use are named before the first one trains.
     for stage in prepared:
         stage.decode()
+    # All stages have the same teacher, which is introduced once.
     taught = [stage for stage in prepared if stage.loss_fn.teacher is not None]
     if taught:
         _, valid = taught[0].decode()
@@ -4985,6 +5121,7 @@ def train_in_turn(prepared):
     runs = []
     for stage in prepared:
         runs.append(stage.train())
+        # The time is up, and a later stage would find none either.
         if not runs[-1].finished:
             say(
                 f"{stage.cfg.exp_name} is not finished: "
@@ -5028,6 +5165,7 @@ def read_result(folder):
     """The Result in a stage's folder; None where none is there or it is damaged."""
     try:
         result = Result(**json.loads((folder / RESULT).read_text()))
+        # float raises where it is no number, so that such a file counts as damaged.
         return result._replace(valid_acc=float(result.valid_acc))
     except (OSError, ValueError, TypeError):
         return None
@@ -5050,12 +5188,14 @@ def better_result_beside(best):
     own = read_result(best.folder)
     to_beat = best.valid_acc
     found = None
+    # The best run's own file is among them; it does not beat itself.
     for path in sorted(best.folder.parent.glob(f"*/{RESULT}")):
         result = read_result(path.parent)
         # One without an epoch is no result.
         if result is None or result.epochs == 0 or result.valid_acc <= to_beat:
             continue
         csv_path = path.parent.with_suffix(".csv")
+        # A score counts for the same images, and for the very CSV that was written with it.
         why_not = None
         if own is None or result.images != own.images:
             why_not = "its images were others"
@@ -5092,10 +5232,12 @@ def final_fit(validated, data, teacher=None, out=None, fresh=False, submit_it=Fa
     if validated.history.empty:
         say(f"{validated.name}: no final fit, for it has no epoch yet")
         return None
+    # The first of equal epochs, as in `best_so_far`.
     best_epoch = int(validated.history["valid_acc"].argmax()) + 1
     # Without validation no epoch is better than the one before: `patience` ends it.
     name = f"{validated.name}_final"
     cfg = replace(validated.cfg, exp_name=name, patience=best_epoch)
+    # fresh=True, for what lies in the folder is compared below; nothing is cleared before `fit`.
     stage = prepare_stage(cfg, with_validation_images(data), teacher, out, fresh=True, **own)
     for fact, what in HASHED_FACTS.items():
         if stage.folder.facts[fact] != validated.facts[fact]:
@@ -5126,6 +5268,7 @@ def with_validation_images(data):
     joined = {}
     for name in ("files", "labels", "ids"):
         splits = getattr(data, name)
+        # Training first in each of the three lists, so that they stay parallel.
         joined[name] = splits | {"training": splits["training"] + splits["validation"]}
     return replace(data, **joined)
 
@@ -5197,6 +5340,7 @@ def introduce_teacher(teacher, split, n_images=200):
     source = getattr(teacher, "source", "the one handed in")
     n = min(n_images, len(split))
     rows = torch.linspace(0, len(split) - 1, n).long()
+    # Fifty at a time, which bounds the memory that feature maps take.
     batches = [(normalize(split.images[part]), split.labels[part]) for part in rows.split(50)]
     logits, labels = predict_logits(teacher, batches)
     if not logits.isfinite().all():
@@ -5225,6 +5369,7 @@ def module_source():
         return None
 
 
+# Read with the import, to be compared when a stage is prepared.
 SOURCE_WHEN_IMPORTED = module_source()
 
 
@@ -5240,6 +5385,7 @@ def say_if_module_changed():
 # 9  Submission
 # ==================================================================================================
 
+# Of a picture's shorter side; 1.0 is its largest central square.
 TTA_SCALES = (1.0, 0.75)
 
 
@@ -5248,6 +5394,7 @@ def centre_crops(aspects, scale):
 
     In the `whole` form, where a picture of any aspect is a square.
     """
+    # A square in pixels: of the longer side, which counts as 1 too, a smaller part.
     wide = scale * (1 / aspects).clamp(max=1)
     high = scale * aspects.clamp(max=1)
     return affine_matrix(wide, 0, 0, high)[:, None, :2].float()
@@ -5262,12 +5409,14 @@ def tta_probabilities(student, eval_loader, whole_loader, scales=TTA_SCALES):
     crops = []
     for scale in scales:
         matrices = centre_crops(whole_loader.split.aspects, scale)
+        # (N, 1, 2, 3): a way to the source and no frame, so `warp` blackens nothing.
         crops.append(matrices.to(whole_loader.device))
     size = whole_loader.cfg.image_size
     parts = []
     with evaluation_mode(student):
         for cropped, whole in zip(eval_loader, whole_loader, strict=True):
             variants = [cropped.images]
+            # They are normalised already, which sampling keeps, for its four weights sum to 1.
             variants += [warp(whole.images, matrices[whole.rows], size) for matrices in crops]
             total = 0.0
             for images in variants:
@@ -5308,6 +5457,7 @@ def write_submission(path, ids, classes):
     write_text(path, rows.to_csv(index=False))
 
 
+# Wanted ids are written out in memory, so a mistyped number must not ask for billions.
 MOST_ROWS = 1_000_000
 
 
@@ -5333,7 +5483,9 @@ def validate_submission(path, ids):
         )
     wanted = set(ids)
     found = []
+    # Rows count from 1 and with the header, as an editor shows them.
     for number, row in enumerate(rows[1:], 2):
+        # The class is plain digits: "07", "3.0" and " 3" are refused.
         if len(row) != 2 or row[0] not in wanted or not re.fullmatch("[0-9]|10", row[1]):
             raise UserError(
                 f"{path}, row {number} is {quoted(','.join(row))}: wanted are an id of the "
@@ -5399,10 +5551,12 @@ def write_predictions(student, data, cfg, path, device, tta=False):
     if tta:
         whole = load_data(data, "evaluation", "whole", cfg.image_size)
     classes = predict(student, split, cfg, device, whole)
+    # Every process has predicted all images; one writes.
     if is_first_process():
         write_submission(path, split.ids, classes)
         # Against the folder's ids, not the split's: a row must not be lost on the way.
         validate_submission(path, data.ids["evaluation"])
+    # -1 is an unknown label.
     known = split.labels >= 0
     n = int(known.sum())
     if n > 0:
@@ -5462,6 +5616,7 @@ def download_link(path):
     """A link for the notebook, from which the browser downloads a file."""
     from IPython.display import HTML
 
+    # A relative link, for the browser sees the notebook server's folders.
     place = os.path.relpath(path)
     return HTML(f'<a href="{place}" download>Download {place}</a>')
 
@@ -6459,11 +6614,13 @@ def pick_device():
     if not torch.cuda.is_available():
         keep_freed_memory()
         return torch.device("cpu")
+    # torchrun numbers a machine's processes, and each has the GPU of its number.
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if device.index >= torch.cuda.device_count():
         n_gpus = torch.cuda.device_count()
         raise UserError(f"there are {n_gpus} GPUs: start at most as many processes")
     try:
+        # A card can be available and this torch have no kernels for it: only running one tells.
         torch.ones(1, device=device).add_(1).item()
     except RuntimeError as error:
         name = torch.cuda.get_device_name(device)
@@ -6520,6 +6677,7 @@ def amp_dtype(device, amp="auto"):
         return torch.float16
     if amp == "bf16":
         return torch.bfloat16
+    # Where torch has no such function, `dict` is called in its place and gives {}.
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
         return torch.bfloat16
@@ -6554,6 +6712,7 @@ def out_of_memory_named(cfg):
         if of_the_block:
             of_the_block.tb_next = None
         give_cached_memory_back()
+        # Two is the least that the config allows.
         half = max(2, cfg.batch_size // 2)
         raise UserError(
             f"{cfg.exp_name}: out of memory with batch_size={cfg.batch_size}, "
@@ -6626,10 +6785,12 @@ def check_processes_agree(facts):
     if world == 1:
         return
     everyone = [None] * world
+    # Every process must come here, or the others wait for it.
     torch.distributed.all_gather_object(everyone, facts)
     wanted = everyone[0]
     for rank, theirs in enumerate(everyone):
         keys = [key for key in {**wanted, **theirs} if wanted.get(key) != theirs.get(key)]
+        # Settings are among the keys one by one; those of behaviour may differ.
         keys = [key for key in keys if key not in ("config", *BEHAVIOUR_KEYS)]
         if keys:
             raise UserError(
@@ -6645,6 +6806,7 @@ def data_parallel(loss_fn):
     device_ids = None
     if loss_fn.device.type == "cuda":
         device_ids = [loss_fn.device]
+    # The loss and not the net, so that adapters are averaged with the student.
     return nn.parallel.DistributedDataParallel(loss_fn, device_ids)
 
 
@@ -6658,6 +6820,7 @@ def process_group():
         backend = "gloo"
         device = pick_device()
         if device.type == "cuda":
+            # gloo as well, by which objects in the CPU's memory are handed on.
             backend = "cpu:gloo,cuda:nccl"
         torch.distributed.init_process_group(
             backend,
@@ -6722,7 +6885,9 @@ def train_in_processes(stage, n):
     """
     name = stage.cfg.exp_name
     say(f"{name}: {n} GPUs train, a process each")
+    # By the file's time it is seen afterwards whether training began at all.
     before = time_of(stage.folder.path / LAST)
+    # The first process trains on the GPU on which this one keeps memory.
     give_cached_memory_back()
     interrupted = False
     with tempfile.TemporaryDirectory() as place:
@@ -6732,6 +6897,7 @@ def train_in_processes(stage, n):
             code = watch(command, errors, n)
         except KeyboardInterrupt:
             interrupted = True
+        # Inside the block, at whose end the file is gone.
         why = why_it_ended(errors)
     started = time_of(stage.folder.path / LAST) != before
     if interrupted:
@@ -6742,8 +6908,10 @@ def train_in_processes(stage, n):
         raise UserError(why)
     if code != 0:
         say(f"{name}: {n} GPUs could not be started ({why}); one trains")
+        # From here on it is a run of one process.
         stage.folder.facts["processes"] = 1
         return None
+    # The processes have cleared what was to be cleared; their run must not be.
     stage.folder.fresh = False
     saved = stage.folder.load()
     stage.student.load_state_dict(saved["best"])
@@ -6767,10 +6935,12 @@ def time_of(path):
 def write_job(stage, place):
     """Write all that a process needs to train a Stage into a new folder: the path of job.json."""
     teacher = stage.loss_fn.teacher
+    # AveragedTeachers has members, any other teacher is alone.
     teachers = [] if teacher is None else getattr(teacher, "members", [teacher])
     paths = []
     for number, one in enumerate(teachers):
         path = place / f"teacher-{number}.ckpt"
+        # From memory, for the file that it came from may be another one by now.
         save_checkpoint(copy_of_weights(one), path)
         paths.append(str(path))
     job = {
@@ -6778,6 +6948,7 @@ def write_job(stage, place):
         "folder": str(stage.folder.path),
         "fresh": stage.folder.fresh,
         "teachers": paths,
+        # Each process compares its own facts with these (see `train_job`).
         "facts": stage.folder.facts,
     }
     write_text(place / "job.json", json.dumps(job))
@@ -6786,6 +6957,7 @@ def write_job(stage, place):
 
 def job_command(job, n):
     """The command that trains a job on this machine with n processes."""
+    # --standalone takes a free port, so two trainings on a machine do not meet.
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     module = str(Path(__file__).resolve())
     return [*launcher, "--nproc-per-node", str(n), module, "train", str(job)]
@@ -6821,10 +6993,12 @@ def watch(command, errors, n):
 
     errors: a file for its stderr. Where the notebook is stopped, the command is stopped too.
     """
+    # The processes share the cores.
     threads = max(1, (os.cpu_count() or 1) // n)
     environment = {
         "OMP_NUM_THREADS": str(threads),
         "PYTHONIOENCODING": "utf-8",
+        # Their time limit counts from the session's start, not from theirs.
         "HW13_SESSION_START": str(SESSION_START),
         FOR_NOTEBOOK: "1",
     }
@@ -6842,27 +7016,33 @@ def watch(command, errors, n):
             if not redraws:
                 say(text)
             elif in_notebook():
+                # Made with the first text, so that without a bar no empty line is shown.
                 redraw = redraw or CellBar.status_printer(None)
                 redraw(text)
         return process.wait()
     except BaseException:
+        # KeyboardInterrupt too: nothing may go on training behind a stopped cell.
         stop(process)
         raise
 
 
 def texts_of(stream):
     """Yield (text, whether it redraws its line) of what a process prints, as it comes."""
+    # A character of several bytes may arrive in two parts.
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     rest = ""
     redraws = False
+    # read1 returns what is there and does not wait for more.
     while part := stream.read1():
         rest += decoder.decode(part)
+        # [text, end, text, end, ..., rest]: what has no end yet waits for the next part.
         *texts_and_ends, rest = re.split("([\r\n])", rest)
         texts = texts_and_ends[::2]
         ends = texts_and_ends[1::2]
         for text, end in zip(texts, ends, strict=True):
             if text.strip():
                 yield text, redraws
+            # The text after a \r overwrites the line of the one before.
             redraws = end == "\r"
 
 
@@ -6924,6 +7104,7 @@ def option(flag):
 
 def in_notebook():
     """Whether the code runs in a Jupyter kernel."""
+    # Not imported to find out: in a kernel it is loaded already.
     if "IPython" not in sys.modules:
         return False
     shell = type(sys.modules["IPython"].get_ipython())
@@ -6957,6 +7138,7 @@ def progress_bar(total, desc, initial=0):
     options = {"total": total, "desc": desc, "initial": initial, "unit": "img", "mininterval": 0.5}
     options["disable"] = not is_first_process()
     if in_notebook():
+        # The bar's text goes through status_printer; tqdm's own output goes nowhere.
         return CellBar(file=io.StringIO(), ascii=False, ncols=120, **options)
     if FOR_NOTEBOOK in os.environ:  # the notebook reads it and redraws it
         return tqdm(file=sys.stdout, ncols=120, **options)
@@ -6976,6 +7158,7 @@ def session_start():
     now, when the module is imported.
     """
     now = time.time()
+    # Set by the notebook that started this process (see `watch`).
     if "HW13_SESSION_START" in os.environ:
         return float(os.environ["HW13_SESSION_START"])
     if not on_kaggle():
@@ -7005,6 +7188,7 @@ class RunDisplay:
 
     def on_step(self, n, sums):
         """Count a step of `n` images; where the bar redrew itself, read the EpochSums."""
+        # Every process does about as many, and this bar counts for all.
         redrawn = self.bar.update(n * rank_and_world()[1])
         if not redrawn:
             return
@@ -7016,6 +7200,7 @@ class RunDisplay:
 
     def show(self, epoch, loss, accuracy):
         """Write an epoch's loss and accuracy behind the bar."""
+        # -1, where no epoch has been validated, would look like a score.
         best = max(best_so_far(self.history)[0], 0)
         self.bar.set_postfix_str(
             f"epoch {epoch}/{self.cfg.n_epochs}, loss {loss:.3f}, acc {accuracy:.3f}, "
@@ -7026,6 +7211,7 @@ class RunDisplay:
     def tell_pace(self, seconds):
         """Say once, after so many `seconds`: the pace, the end, whether the session suffices."""
         self.told = True
+        # Epochs of an earlier call are in the bar, but not in this call's time.
         rate = (self.bar.n - self.bar.initial) / seconds
         left = datetime.timedelta(seconds=round((self.bar.total - self.bar.n) / rate))
         if left <= datetime.timedelta(minutes=1):
@@ -7054,11 +7240,13 @@ def time_is_up(cfg, history, device):
     if not hours:
         hours = KAGGLE_HOURS - 0.5 if on_kaggle() else math.inf
     limit = 3600 * hours
+    # A guess for the first epoch, which the longest one so far replaces.
     longest = min(300, limit / 20)
     if history:
         longest = max(row["seconds"] for row in history)
     needed = 2 * longest + min(300, limit / 10)
     used = time.time() - SESSION_START
+    # In a tensor, for the first process's answer is handed to all: they must end together.
     up = torch.tensor(used + needed > limit, device=device)
     broadcast(up)
     return bool(up)
@@ -7092,6 +7280,7 @@ def written_whole(path, keep_as=None):
     kept. Raises UserError where it cannot be written.
     """
     path = Path(path)
+    # In the same folder, for a rename replaces a file at once only within one file system.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -7107,6 +7296,7 @@ def written_whole(path, keep_as=None):
         why = error.strerror or error
         raise UserError(f"{path} cannot be written ({why}); what was saved is intact") from None
     finally:
+        # After the rename it is not there any more.
         with contextlib.suppress(OSError):
             temporary.unlink()
 
@@ -7132,6 +7322,7 @@ def locked(folder):
         return
     folder = Path(folder)
     is_new = not folder.exists()
+    # timeout=0: who comes second is told at once.
     lock = filelock.FileLock(folder / ".lock", timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -7245,6 +7436,7 @@ def kind_of_file(path):
         return "it is a git-lfs pointer: fetch the file itself with git lfs pull"
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         return "it is a web page: download the file itself"
+    # .safetensors: the header's length in eight bytes, then the header in JSON.
     if head[8:10] == b'{"' and int.from_bytes(head[:8], "little") < path.stat().st_size:
         return "it is a .safetensors file: save its state dict with torch.save"
     if head.startswith(b"\x89HDF"):
@@ -7262,7 +7454,9 @@ def kind_of_file(path):
 
 def fingerprint(*parts):
     """A short hash of JSON-able values: for cache keys, and for whether two runs are the same."""
+    # Keys in one order, and what JSON does not know (a path) as its text.
     text = json.dumps(parts, sort_keys=True, default=str)
+    # 80 bits: two keys do not meet by chance.
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
@@ -7278,16 +7472,19 @@ def code_fingerprint(*pieces):
     while waiting:
         piece = waiting.pop()
         if isinstance(piece, functools.partial):
+            # What is bound belongs to what the function computes.
             texts.append(repr((piece.args, sorted(piece.keywords.items()))))
             piece = piece.func
         if not (inspect.isroutine(piece) or inspect.isclass(piece)):
             piece = type(piece)  # an object that can be called
+        # Functions may refer to each other, or to themselves.
         if id(piece) in seen:
             continue
         seen.add(id(piece))
         texts.append(plain_code(piece))
         waiting += functions_and_classes_used_by(piece)
         texts += plain_values_used_by(piece)
+    # Sorted, for the order in which pieces were found does not matter.
     return fingerprint(sorted(texts))
 
 
@@ -7303,6 +7500,7 @@ def plain_code(piece):
         return source
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
+        # A body needs a statement, so a docstring that stands alone is left.
         if isinstance(body, list) and len(body) > 1 and is_docstring(body[0]):
             del body[0]
     return ast.unparse(tree)
@@ -7310,6 +7508,7 @@ def plain_code(piece):
 
 def bytecode(code):
     """A code object as text that is the same in every process of one Python version."""
+    # The text of a code object holds its address; `code_objects` gives the inner ones instead.
     values = [const for const in code.co_consts if not isinstance(const, types.CodeType)]
     return f"{code.co_code.hex()} {code.co_names} {values}"
 
@@ -7349,6 +7548,7 @@ def names_used_by(piece):
     for function in functions_of(piece):
         for code in code_objects(function):
             for name in code.co_names:
+                # Names of attributes and builtins are among co_names, but are no globals.
                 if name in function.__globals__:
                     used[name] = function.__globals__[name]
         for name, cell in zip(
