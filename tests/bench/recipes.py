@@ -1188,7 +1188,7 @@ def build_parser():
     add("--seeds", type=int, nargs="+", default=[1])
     add("--views", type=int, default=0, help="replay so many teacher views (0: one for each epoch)")
     add("--scored", choices=("half", "once", "best"), default="half", help="see above")
-    add("--amp", default="off", help="precision: off (float32, the rows' of before), bf16, fp16, auto")
+    add("--amp", default="off", help="off (float32, the rows' of before), bf16, fp16 or auto")
     add("--work", type=Path, default=h.cache_root() / "recipes")
     add("--list", action="store_true")
     add("--table", action="store_true")
