@@ -178,6 +178,8 @@ def test_a_stage_of_the_notebook_trains_on_all_gpus_is_stopped_and_goes_on(
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGINT)
 
+    # A shell starts what runs in the background with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=press_stop, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
         medium_stage(food, teacher_file, tmp_path, n_epochs=1000)
