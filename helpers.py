@@ -160,6 +160,11 @@ def default_out():
     return Path("submission")
 
 
+def results_folder(out=None):
+    """The Path of a results folder as its user wrote it, ~ being the home folder; or the default."""
+    return Path(out or default_out()).expanduser()
+
+
 @contextlib.contextmanager
 def illustration():
     """What is only looked at never stops the way to the CSV: its error is said, and a run goes on.
@@ -582,7 +587,8 @@ class FoodData:
     files: dict  # split -> [Path]
     labels: dict  # split -> [int]
     ids: dict  # split -> [str]
-    ignored: dict  # Path -> why it is not used; with `files` these are all files of the splits
+    # Path -> why it is not used: all other files of the splits, and the pictures beside them.
+    ignored: dict
     teacher_path: Path | None
     class_folders: bool  # whether a split has a folder for each class
 
@@ -755,7 +761,7 @@ def data_root(root, needed=SPLITS):
 
     A folder of pictures will do where one split is needed. Raises UserError where there is none.
     """
-    root = Path(os.path.expanduser(root))
+    root = Path(root).expanduser()
     if is_archive(root):
         raise UserError(f"{root} is an archive: unpack it and name the folder that comes out")
     if not root.is_dir():
@@ -871,6 +877,7 @@ NOT_A_FILE = "no regular files"
 NO_PICTURE = "no pictures"
 EMPTY = "empty"
 NO_LABEL = "without a label in their name"
+OUTSIDE = "in no split's folder"
 
 SplitFiles = namedtuple("SplitFiles", "files labels ids ignored class_folders")
 UNREAD = SplitFiles([], [], [], {}, False)
@@ -891,7 +898,7 @@ def read_folder(root, needed=SPLITS):
     splits = {}
     for split in SPLITS:
         splits[split] = read_split_if_usable(folders.get(split, []), split, split in needed)
-    ignored = {}
+    ignored = dict.fromkeys(pictures_outside(root, folders), OUTSIDE)
     for found in splits.values():
         ignored |= found.ignored
     data = FoodData(
@@ -906,6 +913,30 @@ def read_folder(root, needed=SPLITS):
     )
     # Its origin depends on its counts, so it comes last.
     return replace(data, origin=origin_of(data))
+
+
+def pictures_outside(root, folders):
+    """Pictures in a data folder or directly in a folder of it that is no split's, sorted.
+
+    folders: {split: its folders}.
+    """
+    of_splits = {path for paths in folders.values() for path in paths}
+    if root in of_splits:
+        return []
+    found = []
+    for place in (root, *subfolders(root)):
+        if place not in of_splits:
+            found += [path for path in files_in(place) if path.suffix.lower() in PICTURE_SUFFIXES]
+    return found
+
+
+def files_in(folder):
+    """The regular files directly in a folder, sorted, but hidden ones; [] where it is closed."""
+    try:
+        paths = sorted(folder.iterdir())
+    except PermissionError:
+        return []
+    return [path for path in paths if path.is_file() and not path.name.startswith(".")]
 
 
 def read_split_if_usable(folders, split, needed):
@@ -1478,7 +1509,7 @@ def cache_root():
     """
     named = os.environ.get("HW13_CACHE")
     if named:
-        root = Path(named)
+        root = Path(named).expanduser()
         mode = 0o777
     else:
         root = Path(tempfile.gettempdir()) / f"hw13_cache_{user_id()}"
@@ -4824,10 +4855,11 @@ def load_student(path, device="cpu"):
     Raises UserError where they do not go together, or where the student is a learner's own, which
     this module cannot build.
     """
-    if not Path(path).is_file():
+    path = Path(path)
+    if not path.is_file():
         raise UserError(f"there is no file {path}")
     try:
-        facts = json.loads(Path(path).with_name("config.json").read_text())
+        facts = json.loads(path.with_name("config.json").read_text())
         cfg = Config(**facts["config"])
         student = build_student(cfg)
         # A net of a learner's own has a config too, but not the layers that the config builds.
@@ -4961,7 +4993,7 @@ def stage_folder(cfg, data, out=None):
 
     For the demo set <out>/demo/<stage>, so that demo files never meet real ones.
     """
-    out = Path(out or default_out())
+    out = results_folder(out)
     if data.is_demo:
         out = out / "demo"
     return out / cfg.exp_name
@@ -5057,7 +5089,7 @@ def run(
     final: "csv" repeats the best stage on training and validation images (`final_fit`), "submit"
     also makes that submission.csv. What is wrong raises UserError before any work.
     """
-    out = Path(out or default_out())
+    out = results_folder(out)
     device = pick_device()
     configs = [get_config(stage, length, data.is_demo, **overrides) for stage in stages]
     names = [cfg.exp_name for cfg in configs]
@@ -5607,7 +5639,7 @@ def copy_submission(csv_path, data, out, why):
     name = "submission.csv"
     if data.is_demo:
         name = "submission_demo.csv"
-    path = Path(out or default_out()) / name
+    path = results_folder(out) / name
     if is_first_process():
         write_text(path, csv_path.read_text())
     say(f"{path} is {csv_path}: {why}")
@@ -6938,8 +6970,8 @@ def train_in_processes(stage, n):
     """
     name = stage.cfg.exp_name
     say(f"{name}: {n} GPUs train, a process each")
-    # By the file's time it is seen afterwards whether training began at all.
-    before = time_of(stage.folder.path / LAST)
+    # By the files' times it is seen afterwards whether training began at all.
+    before = times_of_checkpoints(stage.folder.path)
     # The first process trains on the GPU on which this one keeps memory.
     give_cached_memory_back()
     interrupted = False
@@ -6952,7 +6984,7 @@ def train_in_processes(stage, n):
             interrupted = True
         # Inside the block, at whose end the file is gone.
         why = why_it_ended(errors)
-    started = time_of(stage.folder.path / LAST) != before
+    started = times_of_checkpoints(stage.folder.path) != before
     if interrupted:
         again = cell_again(stage.folder.fresh)
         say(f"{name}: stopped, every whole epoch is saved; {again} to go on")
@@ -6978,11 +7010,16 @@ def give_cached_memory_back():
         torch.cuda.empty_cache()
 
 
-def time_of(path):
-    """When a file was last written, in nanoseconds; None where there is none."""
-    if not path.is_file():
-        return None
-    return path.stat().st_mtime_ns
+def times_of_checkpoints(folder):
+    """{name: when it was last written, in nanoseconds} of a run's checkpoints that are there.
+
+    Both, for a kill between two renames leaves the previous one alone.
+    """
+    times = {}
+    for name in (LAST, PREVIOUS):
+        with contextlib.suppress(FileNotFoundError):
+            times[name] = (folder / name).stat().st_mtime_ns
+    return times
 
 
 def write_job(stage, place):
@@ -7447,7 +7484,7 @@ def load_file(path):
 
     Raises UserError for a missing, damaged or unsafe file, saying what it is instead.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise UserError(f"there is no file {path}")
     kind = kind_of_file(path)
@@ -7700,7 +7737,7 @@ class Answers:
     """
 
     def __init__(self, out=None):
-        self.out = Path(out or default_out()) / "exercises"
+        self.out = results_folder(out) / "exercises"
         self.own = {}  # name of an exercise -> the right answer
         self.guesses = {}  # name of a stage -> guessed validation accuracy
 
@@ -8041,19 +8078,35 @@ def describe_config_keys():
     return "\n".join(lines)
 
 
+def user_path(text):
+    """A path of the command line, ~ for the home folder, which not every shell puts in."""
+    return os.path.expanduser(text)
+
+
 def add_run(commands):
     run_parser = add_command(commands, "run", run_command, "train stages and write their CSVs")
     run_parser.epilog = describe_config_keys()
     run_parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = run_parser.add_argument
-    add("--data", metavar="DIR", help="folder with training/, validation/, evaluation/")
+    add(
+        "--data",
+        metavar="DIR",
+        type=user_path,
+        help="folder with training/, validation/, evaluation/",
+    )
     add("--demo", action="store_true", help="use the drawn demo set")
-    add("--out", metavar="DIR", help="results (default: submission/, on Kaggle its working folder)")
+    add(
+        "--out",
+        metavar="DIR",
+        type=user_path,
+        help="results (default: submission/, on Kaggle its working folder)",
+    )
     add("--stages", default=",".join(STAGES), help="comma-separated (default: %(default)s)")
     add(
         "--teacher",
         nargs="+",
         metavar="FILE",
+        type=user_path,
         help=f"teacher checkpoint (default: {TEACHER_FILE} of the data); several are averaged",
     )
     add(
@@ -8075,22 +8128,22 @@ def add_run(commands):
 def add_evaluate(commands):
     help = "validation accuracy of a checkpoint"
     add = add_command(commands, "evaluate", evaluate_command, help).add_argument
-    add("--data", metavar="DIR", required=True)
-    add("--checkpoint", metavar="FILE", required=True)
+    add("--data", metavar="DIR", type=user_path, required=True)
+    add("--checkpoint", metavar="FILE", type=user_path, required=True)
 
 
 def add_predict(commands):
     help = "write the CSV of a checkpoint"
     add = add_command(commands, "predict", predict_command, help).add_argument
-    add("--data", metavar="DIR", required=True)
-    add("--checkpoint", metavar="FILE", required=True)
-    add("--out", metavar="CSV", required=True)
+    add("--data", metavar="DIR", type=user_path, required=True)
+    add("--checkpoint", metavar="FILE", type=user_path, required=True)
+    add("--out", metavar="CSV", type=user_path, required=True)
     add("--tta", action="store_true", help="average several views of each image")
 
 
 def add_validate(commands):
     add = add_command(commands, "validate", validate_command, "check a submission CSV").add_argument
-    add("csv", metavar="CSV")
+    add("csv", metavar="CSV", type=user_path)
     add("--rows", type=int, required=True, metavar="N")
 
 

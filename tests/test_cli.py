@@ -72,6 +72,22 @@ def test_run_evaluate_predict_validate(food, teacher_file, here, capsys):
     assert capsys.readouterr().out.endswith("5 rows, valid\n")
 
 
+def test_a_tilde_is_the_home_folder_in_every_path(food, teacher_file, here, monkeypatch):
+    home = food.parent
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("HW13_CACHE", "~/decoded")
+    data = ["--data", "~/Food-11"]
+    teacher = ["--teacher", f"~/Food-11/{teacher_file.name}"]
+    assert h.main(["run", *data, *teacher, "--out", "~/out", "--stages", "medium", *SMALL]) == 0
+    checkpoint = ["--checkpoint", "~/out/medium/student_best.ckpt"]
+    assert h.main(["evaluate", *data, *checkpoint]) == 0
+    assert h.main(["predict", *data, *checkpoint, "--out", "~/mine.csv"]) == 0
+    assert h.main(["validate", "~/mine.csv", "--rows", "5"]) == 0
+    assert (home / "mine.csv").read_bytes() == (home / "out/medium.csv").read_bytes()
+    assert list((home / "decoded").iterdir())
+    assert list(here.iterdir()) == []
+
+
 def test_run_resumes_and_fresh_starts_again(food, here, capsys):
     arguments = ["run", "--data", str(food), "--stages", "simple", *SMALL]
     assert h.main(arguments) == 0

@@ -274,6 +274,17 @@ def test_a_loose_picture_beside_class_folders_is_named_and_an_evaluation_one_has
     assert len(data.ids["evaluation"]) == 12
 
 
+def test_a_picture_in_no_split_is_said_to_be_ignored(food):
+    picture(food / "soup.jpg", 1)
+    picture(food / "more/rice.png", 2)
+    (food / "notes.txt").write_text("mine")
+    data = h.read_folder(food)
+    assert data.ignored == {food / "soup.jpg": h.OUTSIDE, food / "more/rice.png": h.OUTSIDE}
+    assert "in no split's folder: 2 (soup.jpg, more/rice.png)" in data.account()
+    # A folder that is itself the split has no outside.
+    assert h.read_folder(food / "evaluation", ("evaluation",)).ignored == {}
+
+
 def test_a_picture_is_known_by_its_first_bytes_and_read_without_a_name_for_it(food):
     (food / "training/3_0.jpg").rename(food / "training/3_0.download")
     (food / "training/3_1.jpg").rename(food / "training/3_1")

@@ -67,7 +67,11 @@ def arguments(food, teacher_file):
 
 def end_after_what_is_saved(folder):
     """Write into a run's checkpoint that it was to have as many epochs as it has; how many."""
-    last = torch.load(folder / "last.ckpt", weights_only=True)
+    # A stop between two renames leaves the previous one alone.
+    newest = folder / "last.ckpt"
+    if not newest.is_file():
+        newest = folder / "previous.ckpt"
+    last = torch.load(newest, weights_only=True)
     n = len(last["history"])
     facts = json.loads(last["facts"])
     facts["config"]["n_epochs"] = n
