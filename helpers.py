@@ -161,7 +161,7 @@ def default_out():
 
 
 def results_folder(out=None):
-    """The Path of a results folder as its user wrote it, ~ being the home folder; or the default."""
+    """The Path of a results folder as its user wrote it (~ is the home folder), or the default."""
     return Path(out or default_out()).expanduser()
 
 
