@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import ROOT
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 from matplotlib.figure import Figure
@@ -67,6 +68,7 @@ def figures(food):
     return {
         "samples": h.plot_samples(split),
         "views": h.plot_views(loader),
+        "photographs": h.plot_photograph_results(),
         "epoch parts": h.plot_epoch_parts(parts, origin),
         "lines": h.plot_lines(lines, origin, "y", xscale="log"),
         "attention": h.plot_attention(images, nets, "layer2", origin),
@@ -485,3 +487,15 @@ def test_the_cell_with_the_module_is_folded_in_jupyter_and_on_kaggle():
     assert cell.source.startswith("%%writefile helpers.py")
     assert cell.metadata["_kg_hide-input"] is True
     assert cell.metadata["jupyter"]["source_hidden"] is True
+
+
+def test_what_was_measured_on_photographs_is_what_the_results_say():
+    frame = h.photograph_results()
+    said = (ROOT / "tests/bench/RESULTS.md").read_text()
+    for accuracy in [*frame["validation"], *frame["evaluation"]]:
+        assert f"{accuracy:.3f}" in said
+    for parameters in frame["parameters"].drop("the teacher"):
+        assert f"{parameters:,}" in said
+    figure = h.plot_photograph_results()
+    assert "Boss 0.700, the teacher 0.754" in figure.alt_text
+    assert "not Food-11" in figure.alt_text
