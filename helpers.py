@@ -6150,7 +6150,7 @@ def photograph_results():
 def plot_photograph_results():
     """`photograph_results` as two marks a recipe, with bars of +- one standard error."""
     frame = photograph_results()
-    title = "measured on photographs (not Food-11, not this notebook's data)"
+    title = "the project's own photographs (not Food-11, not this notebook's data)"
     figure, axes = new_figure(title, width=7, height=4)
     ax = axes[0, 0]
     places = range(len(frame))
