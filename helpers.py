@@ -50,6 +50,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import traceback
 import types
 import warnings
 from collections import Counter, OrderedDict, namedtuple
@@ -2944,9 +2945,9 @@ def loss_weights(cfg, progress):
 
     The loss is kd * loss_fn_kd(alpha) + align * alignment.
 
-    constant: the config's alpha, and both terms as they are. handover: the published Boss form, in
-    which alignment leads and the labels take over: 10 p^2 [(1 - p^2) T^2 KL + p^2 CE] + alignment,
-    which is loss_fn_kd with alpha 1 - p^2, times 10 p^2.
+    cfg.loss_schedule "constant": the config's alpha, and both terms as they are. "handover": the
+    published Boss form, in which alignment leads and the labels take over, 10 p^2 [(1 - p^2) T^2 KL
+    + p^2 CE] + alignment, which is loss_fn_kd with alpha 1 - p^2, times 10 p^2.
     """
     if cfg.loss_schedule == "handover":
         return LossWeights(kd=10 * progress**2, alpha=1 - progress**2, align=1.0)
@@ -3170,17 +3171,17 @@ class WrongAnswer(Exception):
     """What is wrong with a learner's answer, as the end of a sentence."""
 
 
-def same_tensors(given, wanted):
-    """Whether two lists of tensors are equal but for rounding; NaN equals NaN."""
-    if len(given) != len(wanted):
+def same_tensor(x, y):
+    """Whether two tensors are equal but for rounding; NaN equals NaN."""
+    if x.shape != y.shape:
         return False
-    for x, y in zip(given, wanted, strict=True):
-        if x.shape != y.shape:
-            return False
-        # Loose enough for sums that are taken in another order.
-        if not torch.allclose(x.float(), y.float(), rtol=1e-3, atol=1e-4, equal_nan=True):
-            return False
-    return True
+    # Loose enough for sums that are taken in another order.
+    return torch.allclose(x.float(), y.float(), rtol=1e-3, atol=1e-4, equal_nan=True)
+
+
+def same_tensors(given, wanted):
+    """Whether all of {what: tensor} are equal but for rounding."""
+    return all(same_tensor(given[what], wanted[what]) for what in wanted)
 
 
 def mistakes_to_try(mistakes):
@@ -3218,20 +3219,50 @@ def seen_of(observe, answer):
     except UserError as error:
         raise WrongAnswer(str(error)) from None
     except Exception as error:  # whatever a learner's code raises is theirs to read
-        raise WrongAnswer(f"it raises {type(error).__name__}: {error}") from None
+        where = line_of_answer(error, answer)
+        raise WrongAnswer(f"it raises {type(error).__name__}{where}: {error}") from None
+
+
+def line_of_answer(error, answer):
+    """ " in line 3" of a cell, where an exception passed through a learner's function; else ""."""
+    code = getattr(answer, "__code__", None)
+    lines = []
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        if code and frame.f_code.co_filename == code.co_filename:
+            lines.append(line)
+    # The last is the innermost.
+    return f" in line {lines[-1]}" if lines else ""
+
+
+def check_order_of_arguments(answer, reference):
+    """WrongAnswer where a learner's function has the right arguments in another order."""
+    wanted = list(inspect.signature(reference).parameters)
+    try:
+        given = list(inspect.signature(answer).parameters)
+    except (TypeError, ValueError):  # no function; calling it will say so
+        return
+    if given != wanted and sorted(given) == sorted(wanted):
+        raise WrongAnswer(f"the order of the arguments is {', '.join(wanted)}")
 
 
 def first_difference(given, wanted):
-    """Where two lists of tensors part first, in words."""
-    for number, (x, y) in enumerate(zip(given, wanted, strict=False), 1):
+    """Where two {what: tensor} part first, in words."""
+    for what, y in wanted.items():
+        x = given[what]
         if x.shape != y.shape:
-            return f"its result {number} has the shape {tuple(x.shape)}, not {tuple(y.shape)}"
-        if not same_tensors([x], [y]):
+            return f"{what} has the shape {tuple(x.shape)}, not {tuple(y.shape)}"
+        if not same_tensor(x, y):
             # NaN counts as the largest difference.
             place = (x - y).abs().nan_to_num(math.inf).flatten().argmax()
-            ours = x.flatten()[place]
-            return f"it gives {ours:.4f} where {y.flatten()[place]:.4f} is wanted"
-    return f"it gives {len(given)} results where {len(wanted)} are wanted"
+            return (
+                f"{what} is {short(x.flatten()[place])} where {short(y.flatten()[place])} is wanted"
+            )
+    return "nothing differs"
+
+
+def short(number):
+    """A number with at most four digits behind the point."""
+    return f"{number:.4f}".rstrip("0").rstrip(".")
 
 
 def say_not_yet(why):
@@ -3247,12 +3278,13 @@ def judge(answer, reference, observe, variant, mistakes, name=None):
     """Print "Right ..." or "Not yet: ..." with the reason, and return True or False.
 
     answer, reference: a learner's function and this module's. observe(function) -> what comes out
-    of it, a list of tensors. variant(*arguments, **changes): the function with a mistake. name: of
+    of it, {what: tensor}. variant(*arguments, **changes): the function with a mistake. name: of
     the reference, where its own says less.
     """
     # Outside of the try, for an error of the reference is not the learner's.
     wanted = observe(reference)
     try:
+        check_order_of_arguments(answer, reference)
         given = seen_of(observe, answer)
         if not same_tensors(given, wanted):
             known = named_mistake(given, observe, variant, mistakes)
@@ -3284,7 +3316,7 @@ def as_tensor(value, shape):
 
 
 def gradients_of(value, inputs):
-    """The gradients of a scalar for its inputs, zero where it does not depend on one."""
+    """{what: gradient} of a scalar for {name: input}, zero where it does not depend on one."""
     if isinstance(value, (int, float)):
         raise WrongAnswer("it returns a plain number, which has no gradient: leave out .item()")
     value = as_tensor(value, ())
@@ -3293,7 +3325,13 @@ def gradients_of(value, inputs):
             "its value has no gradient, so nothing could learn from it: "
             "leave out .detach(), .item() and torch.no_grad()"
         )
-    return list(torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True))
+    gradients = torch.autograd.grad(
+        value, list(inputs.values()), allow_unused=True, materialize_grads=True
+    )
+    named = {}
+    for name, gradient in zip(inputs, gradients, strict=True):
+        named[f"the gradient for {name}"] = gradient
+    return named
 
 
 # The soft labels.
@@ -3327,8 +3365,13 @@ def observe_soft_labels(function):
     """The soft labels of a batch, of one picture, and of logits so large that exp overflows."""
     logits = 3 * torch.randn(6, NUM_CLASSES, generator=torch.Generator().manual_seed(0))
     logits = logits.to(pick_device())
-    seen = []
-    for case, temperature in ((logits, 4.0), (logits[0], 2.0), (300 * logits, 1.0)):
+    cases = {
+        "the soft labels of a batch": (logits, 4.0),
+        "those of one picture": (logits[0], 2.0),
+        "those of very large logits": (300 * logits, 1.0),
+    }
+    seen = {}
+    for what, (case, temperature) in cases.items():
         try:
             soft = function(case, temperature)
         except IndexError:
@@ -3336,7 +3379,8 @@ def observe_soft_labels(function):
                 "it fails for the logits of one picture, (11,): "
                 "the classes are the last dimension, dim=-1"
             ) from None
-        seen.append(as_tensor(soft, tuple(case.shape)).detach())
+        at = f"{what} at T = {temperature:g}: one of them"
+        seen[at] = as_tensor(soft, tuple(case.shape)).detach()
     return seen
 
 
@@ -3350,6 +3394,7 @@ def check_soft_labels(answer):
 
 RIGHT_KD = {
     "kl_div": ("log p", "q"),  # its arguments; p is the student's distribution, q the teacher's
+    "is_cross_entropy": False,  # without the entropy of the second: the same gradient, if it is q
     "divisor": "batch",
     "sign": 1,
     "dim": 1,
@@ -3370,6 +3415,8 @@ KD_MISTAKES = {
     "the student's logarithms come first, the teacher's probabilities second": {
         "kl_div": ("log q", "p")
     },
+    "student and teacher are swapped inside the cross-entropy: it is the teacher's probabilities "
+    "times the student's logarithms": {"kl_div": ("log q", "p"), "is_cross_entropy": True},
     "reduction='mean' divides by the classes too (11 times too small): use 'batchmean'": {
         "divisor": "batch and classes"
     },
@@ -3434,6 +3481,8 @@ def soft_variant(student_logits, teacher_logits, temperature, choices):
     first, second = (distributions[name] for name in choices.kl_div)
     # Summed here and divided below, so that the divisor is a choice.
     total = choices.sign * F.kl_div(first, second, reduction="sum")
+    if choices.is_cross_entropy:
+        total = -choices.sign * (second * first).sum()
     divisors = {"batch": len(log_p), "batch and classes": log_p.numel(), "nothing": 1}
     return total / divisors[choices.divisor]
 
@@ -3478,9 +3527,9 @@ def kd_test_cases():
 
 
 def observe_kd(function):
-    """(values, gradients for the student's logits) of a loss_fn_kd on the test cases."""
-    values = []
-    gradients = []
+    """(values, gradients for the student's logits) of a loss_fn_kd on the test cases, by case."""
+    values = {}
+    gradients = {}
     for student, labels, teacher, alpha, temperature in kd_test_cases():
         student = student.requires_grad_()
         # A copy, by which writing in place is noticed.
@@ -3491,8 +3540,9 @@ def observe_kd(function):
                 "it changes teacher_logits in place, which others read: "
                 "write teacher_logits / temperature, not /="
             )
-        gradients += gradients_of(value, [student])
-        values.append(value.detach().float())
+        case = f"at alpha = {alpha}, T = {temperature:g}"
+        gradients |= gradients_of(value, {f"the student's logits {case}": student})
+        values[f"its value {case}"] = value.detach().float()
     return values, gradients
 
 
@@ -3505,6 +3555,7 @@ def check_loss_fn_kd(my_loss):
     """
     wanted_values, wanted = observe_kd(loss_fn_kd)
     try:
+        check_order_of_arguments(my_loss, loss_fn_kd)
         values, gradients = seen_of(observe_kd, my_loss)
         if not same_tensors(gradients, wanted):
             known = named_mistake(
@@ -3512,7 +3563,7 @@ def check_loss_fn_kd(my_loss):
             )
             raise WrongAnswer(known or unknown_kd_mistake(values, wanted_values))
         # Training stops at a loss that is not finite, however good its gradient.
-        if not torch.stack(values).isfinite().all():
+        if not torch.stack(list(values.values())).isfinite().all():
             raise WrongAnswer("its value is not a finite number")
     except WrongAnswer as why:
         return say_not_yet(why)
@@ -3541,10 +3592,13 @@ RIGHT_DWPW = {
     "pointwise_groups": False,
     "pointwise_first": False,
     "stride_on": "depthwise",
+    "always_stride": None,  # the argument
     "always_padding": None,  # the argument
     "always_kernel": None,  # the argument
+    "pointwise_is_1x1": True,
+    "pointwise_pads": False,
     "bias": True,
-    "norm": True,
+    "normed": (0, 1),  # after which of the two convolutions there is a batch norm
     "activation": functools.partial(nn.LeakyReLU, 0.01),
     "active": (0, 1),  # after which of the two convolutions
     "norm_last": False,
@@ -3557,17 +3611,29 @@ DWPW_MISTAKES = {
     "the stride belongs to the depthwise convolution, not to the pointwise one": {
         "stride_on": "pointwise"
     },
-    "the argument stride is not used": {"stride_on": "nothing"},
+    "the stride belongs to the depthwise convolution alone": {"stride_on": "both"},
+    "the argument stride is not used: it is always 1": {"always_stride": 1},
+    "the argument stride is not used: it is always 2": {"always_stride": 2},
+    "the second convolution has the argument kernel_size: a pointwise one is 1 x 1": {
+        "pointwise_is_1x1": False
+    },
+    "the second convolution has the arguments kernel_size and padding: a pointwise one is 1 x 1, "
+    "and pads nothing": {"pointwise_is_1x1": False, "pointwise_pads": True},
     "the argument padding is not used": {"always_padding": 1},
     "the convolutions do not pad: hand the argument padding on": {"always_padding": 0},
     "the argument kernel_size is not used": {"always_kernel": 3},
     "the convolutions have no bias; the course's have one": {"bias": False},
-    "the batch norms are missing": {"norm": False},
+    "the batch norms are missing": {"normed": ()},
+    "there is no batch norm after the depthwise convolution": {"normed": (1,)},
+    "there is no batch norm after the pointwise convolution": {"normed": (0,)},
     "the activations are missing": {"active": ()},
     "there is no activation between the two convolutions": {"active": (1,)},
     "there is no activation at the end": {"active": (0,)},
     "the activation is ReLU: it should be LeakyReLU(0.01)": {"activation": nn.ReLU},
-    "the activation has another slope: it should be LeakyReLU(0.01)": {
+    "the activation's slope is 0.1: it should be LeakyReLU(0.01)": {
+        "activation": functools.partial(nn.LeakyReLU, 0.1)
+    },
+    "the activation's slope is 0.2: it should be LeakyReLU(0.01)": {
         "activation": functools.partial(nn.LeakyReLU, 0.2)
     },
     "the activation comes before the batch norm: it should follow it": {"norm_last": True},
@@ -3581,17 +3647,29 @@ def dwpw_variant(in_channels, out_channels, kernel_size=3, stride=2, padding=1, 
         kernel_size = choices.always_kernel
     if choices.always_padding is not None:
         padding = choices.always_padding
-    # The chosen key replaces one of the first two; "nothing" is a third one that nobody reads.
-    strides = {"depthwise": 1, "pointwise": 1, choices.stride_on: stride}
+    if choices.always_stride is not None:
+        stride = choices.always_stride
     # The depthwise convolution keeps the number of channels.
     width = out_channels if choices.pointwise_first else in_channels
-    settings = {"stride": strides["depthwise"], "padding": padding, "bias": choices.bias}
-    groups = choices.groups or width
-    depthwise = nn.Conv2d(width, width, kernel_size, groups=groups, **settings)
-    settings = {"stride": strides["pointwise"], "bias": choices.bias}
-    # The most groups that divide both widths.
-    groups = math.gcd(in_channels, out_channels) if choices.pointwise_groups else 1
-    pointwise = nn.Conv2d(in_channels, out_channels, 1, groups=groups, **settings)
+    depthwise = nn.Conv2d(
+        width,
+        width,
+        kernel_size,
+        stride=1 if choices.stride_on == "pointwise" else stride,
+        padding=padding,
+        groups=choices.groups or width,
+        bias=choices.bias,
+    )
+    pointwise = nn.Conv2d(
+        in_channels,
+        out_channels,
+        1 if choices.pointwise_is_1x1 else kernel_size,
+        stride=1 if choices.stride_on == "depthwise" else stride,
+        padding=padding if choices.pointwise_pads else 0,
+        # The most groups that divide both widths.
+        groups=math.gcd(in_channels, out_channels) if choices.pointwise_groups else 1,
+        bias=choices.bias,
+    )
     convolutions = [depthwise, pointwise]
     if choices.pointwise_first:
         convolutions.reverse()
@@ -3605,7 +3683,7 @@ def dwpw_variant(in_channels, out_channels, kernel_size=3, stride=2, padding=1, 
 def norm_and_activation(channels, number, choices):
     """The layers after the convolution of this number, 0 or 1, as the choices have them."""
     layers = []
-    if choices.norm:
+    if number in choices.normed:
         layers.append(nn.BatchNorm2d(channels))
     if number in choices.active:
         layers.append(choices.activation())
@@ -3642,8 +3720,9 @@ def parameters_as_called(block, images):
 
 def observe_block(function):
     """Of blocks with several settings: the number of parameters, and output for fixed weights."""
-    images = torch.randn(4, 8, 12, 12, generator=torch.Generator().manual_seed(1))
-    seen = []
+    # Large enough for two convolutions of 5 x 5 without padding, a mistake that shall be named.
+    images = torch.randn(4, 8, 24, 24, generator=torch.Generator().manual_seed(1))
+    seen = {}
     # (in, out, kernel_size, stride, padding); each of the last three leaves its default once.
     for settings in ((8, 12), (8, 12, 3, 1, 1), (8, 12, 5, 2, 2), (8, 12, 5, 2, 0)):
         block = function(*settings)
@@ -3654,7 +3733,9 @@ def observe_block(function):
         # layers.
         fill_with_numbers(parameters_as_called(block, images))
         output = block(images).detach()
-        seen += [torch.tensor(float(count)), torch.tensor(output.shape).float(), output]
+        block_name = f"the block of {settings}"
+        seen[f"the number of parameters in {block_name}"] = torch.tensor(float(count))
+        seen[f"the output of {block_name}"] = output
     return seen
 
 
@@ -3753,13 +3834,18 @@ def check_views(answer, cfg=BOSS):
     """
     if not isinstance(answer, dict):
         return say_not_yet(f"it is {kind_of(answer)}, where a dict of settings is wanted")
+    if all(answer.get(name) == getattr(SIMPLE, name) for name in VIEW_SETTINGS):
+        return say_not_yet("it is still to be written")
     for name, transform in VIEW_SETTINGS.items():
         wanted = getattr(cfg, name)
         given = answer.get(name)
         if isinstance(given, list):
             given = tuple(given)
         if given != wanted:
-            return say_not_yet(f"{name}={given!r} is not what {transform} does")
+            why = f"{name}={given!r} is not what {transform} does"
+            if name in ("rotation", "affine"):
+                why += ": wanted is one number, the largest angle to either side"
+            return say_not_yet(why)
     unknown = answer.keys() - VIEW_SETTINGS.keys()
     if unknown:
         return say_not_yet(f"{some_of(sorted(unknown))} is no setting of a view")
@@ -3773,7 +3859,8 @@ RIGHT_ALIGNMENT = {
     "distance": F.smooth_l1_loss,
     "reduction": "mean",
     "weighs": True,
-    "adapts": True,
+    "adapted": "student",
+    "side": "smaller",
     "divides": False,
     "layers": slice(None),
     "pool": F.adaptive_avg_pool2d,
@@ -3785,7 +3872,13 @@ ALIGNMENT_MISTAKES = {
     "the distance is the absolute one: F.smooth_l1_loss is wanted": {"distance": F.l1_loss},
     "the distance is summed over the maps: leave its reduction at the mean": {"reduction": "sum"},
     "the weights of the layers are not used": {"weighs": False},
-    "the adapters are not used": {"adapts": False},
+    "the adapters are not used": {"adapted": "nothing"},
+    "the adapters belong to the student's maps, not to the teacher's": {"adapted": "teacher"},
+    "the smaller map is enlarged: average the larger one down, whosever it is": {"side": "larger"},
+    "the teacher's map is brought to the student's size, also where it is the smaller one: average "
+    "the larger one down": {"side": "student's"},
+    "the student's map is brought to the teacher's size, also where it is the smaller one: average "
+    "the larger one down": {"side": "teacher's"},
     "the sum is divided by the number of layers": {"divides": True},
     "it returns at the first layer: is the return statement inside the loop?": {
         "layers": slice(0, 1)
@@ -3806,11 +3899,16 @@ def alignment_variant(student_maps, teacher_maps, weights, adapters, **changes):
     for layer, weight in weights.items():
         ours = student_maps[layer]
         theirs = teacher_maps[layer]
-        side = min(ours.shape[-1], theirs.shape[-1])
+        sides = {"student's": ours.shape[-1], "teacher's": theirs.shape[-1]}
+        sides |= {"smaller": min(sides.values()), "larger": max(sides.values())}
+        side = sides[choices.side]
         ours = choices.pool(ours.detach() if choices.detaches else ours, side)
-        if choices.adapts:
+        theirs = choices.pool(theirs, side)
+        if choices.adapted == "student":
             ours = adapters[layer](ours)
-        term = choices.distance(ours, choices.pool(theirs, side), reduction=choices.reduction)
+        if choices.adapted == "teacher":
+            theirs = adapters[layer](theirs)
+        term = choices.distance(ours, theirs, reduction=choices.reduction)
         terms.append(weight * term if choices.weighs else term)
     kept = terms[choices.layers]
     return sum(kept) / (len(kept) if choices.divides else 1)
@@ -3832,11 +3930,19 @@ def observe_alignment(function):
     weights = {"layer1": 3.0, "layer2": 2.0, "layer3": 0.5}
     adapters = nn.ModuleDict({layer: nn.Conv2d(4, 4, 1) for layer in weights})
     fill_with_numbers(adapters.to(pick_device()).parameters())
-    inputs = [student_maps[layer].requires_grad_() for layer in weights]
-    inputs += adapters.parameters()
-    value = function(student_maps, teacher_maps, weights, adapters)
+    inputs = {f"the student's {layer}": student_maps[layer].requires_grad_() for layer in weights}
+    for name, parameter in adapters.named_parameters():
+        inputs[f"the adapter's {name}"] = parameter
+    try:
+        value = function(student_maps, teacher_maps, weights, adapters)
+    except KeyError as error:
+        if "layer4" not in str(error):
+            raise
+        raise WrongAnswer(
+            "it fails on layer4, which has no weight: the layers to align are the keys of weights"
+        ) from None
     gradients = gradients_of(value, inputs)
-    return [value.detach(), *gradients]
+    return {"its value": value.detach()} | gradients
 
 
 def check_alignment(answer):
@@ -3886,14 +3992,16 @@ def schedule_variant(cfg, progress, **changes):
 
 def observe_schedule(function):
     """(kd, alpha, align) of a schedule at several progresses, with handover and without."""
-    seen = []
+    seen = {}
     # 0.3 is neither the default alpha nor 1 - p ** 2 at any of these progresses.
     for cfg in (BOSS, replace(BOSS, loss_schedule="constant", alpha=0.3)):
         for progress in (0.25, 0.6, 1.0):
             weights = function(cfg, progress)
             if not isinstance(weights, (tuple, list)) or len(weights) != 3:
                 raise WrongAnswer("it should return LossWeights(kd, alpha, align)")
-            seen.append(torch.tensor([float(weight) for weight in weights]))
+            for name, weight in zip(LossWeights._fields, weights, strict=True):
+                what = f"with loss_schedule={cfg.loss_schedule!r}, {name} at p = {progress}"
+                seen[what] = torch.tensor(float(weight))
     return seen
 
 
@@ -4002,7 +4110,10 @@ def observe_loop(function):
     # In eval mode, so that a loop which never calls train() shows in the statistics.
     fill_with_numbers(student.to(pick_device()).eval().parameters())
     function(student, MadeUpBatches(), cfg)
-    return [value.detach().float() for value in student.state_dict().values()]
+    seen = {}
+    for name, value in student.state_dict().items():
+        seen[f"after two epochs the student's {name}"] = value.detach().float()
+    return seen
 
 
 def check_training_loop(answer):
@@ -6248,6 +6359,7 @@ def plot_history(runs, published=None):
     The bar at each best epoch is +- one standard error. published: {name: score}, which become
     thin lines.
     """
+    runs = list(runs)
     names = ", ".join(run.label for run in runs)
     title = f"learning curves of {names}: {runs[0].origin}"
     figure, axes = new_figure(title, 1, 2, 10, 3.6)
@@ -7692,7 +7804,7 @@ EXERCISES = {
     "soft_labels": Exercise(
         soft_labels,
         check_soft_labels,
-        "divide first, then `F.softmax` over the last dimension, `dim=-1`.",
+        "what is divided by what, and over which dimension do the probabilities add up to one?",
     ),
     "loss_fn_kd": Exercise(
         loss_fn_kd,
@@ -7704,7 +7816,8 @@ EXERCISES = {
     "dwpw_conv": Exercise(
         dwpw_conv,
         check_dwpw_conv,
-        "six layers in an `nn.Sequential`; `groups=in_channels` makes a convolution depthwise. "
+        "six layers in an `nn.Sequential`: convolution, `nn.BatchNorm2d`, `nn.LeakyReLU(0.01)`, "
+        "and the same again. `groups=in_channels` makes a convolution depthwise; both have a bias. "
         "`h.check_budget(my_dwpw_conv(64, 128))` counts the parameters.",
     ),
     "student": Exercise(
@@ -7712,12 +7825,16 @@ EXERCISES = {
         check_student,
         "a stem that halves the picture once or twice, some of your blocks, `h.GlobalAvgPool()` "
         "and one `nn.Linear`. The docstring is that of the solution; any net within 60,000 "
-        "parameters will do. Where it has a `layer1`, `layer2` and `layer3`, Boss trains it too.",
+        "parameters will do. Strong and the stages after it then train *yours*, while their texts "
+        "speak of the reference, the net with the inverted residuals below; "
+        '`mine.use_reference("student")` puts that back. Boss trains yours where it has a '
+        "`layer1`, `layer2` and `layer3`.",
     ),
     "loss_weights": Exercise(
         loss_weights,
         check_loss_weights,
-        "both cases are in the docstring; return `h.LossWeights(kd=..., alpha=..., align=...)`.",
+        "`cfg.loss_schedule` says which of the two cases of the docstring it is; return "
+        "`h.LossWeights(kd=..., alpha=..., align=...)`.",
     ),
     "alignment": Exercise(
         alignment,
@@ -7752,6 +7869,11 @@ class Answers:
         say("Until it is right the reference stands in below.")
         return exercise.reference
 
+    def use_reference(self, name):
+        """Put an exercise's reference back in the place of the learner's answer."""
+        self.own.pop(name, None)
+        say(f"{name}: the reference stands in below.")
+
     def with_views(self, cfg, settings):
         """The config with a learner's settings of the training views, if these are right."""
         if check_views(settings, cfg):
@@ -7763,21 +7885,29 @@ class Answers:
         """Keep a guess of a stage's validation accuracy, from 0 to 1; None is no guess."""
         self.guesses.pop(cfg.exp_name, None)
         if accuracy is None:
-            say(f"{cfg.exp_name}: no guess yet. Write one, from 0 to 1, in the place of None.")
+            say(
+                f"{cfg.exp_name}: no guess yet. It trains for {cfg.n_epochs} epochs: write a number "
+                "from 0 to 1 in the place of None."
+            )
         elif not isinstance(accuracy, (int, float)) or not 0 <= accuracy <= 1:
             say(f"{cfg.exp_name}: {accuracy!r} is no accuracy from 0 to 1.")
         else:
             self.guesses[cfg.exp_name] = float(accuracy)
+            say(f"{cfg.exp_name}: after {cfg.n_epochs} epochs, you guess, {accuracy:.3f}.")
 
-    def run_stage(self, cfg, data, teacher=None, device=None):
-        """`run_stage` with the right answers; then the guess beside what was reached."""
-        own = self.own_for(cfg)
+    def run_stage(self, cfg, data, teacher=None, device=None, fresh=False, **own):
+        """`run_stage` with the right answers; then the guess beside what was reached.
+
+        own: code for this stage alone, as in `run_stage`; None is the reference.
+        """
+        own = self.own_for(cfg) | own
+        own = {name: value for name, value in own.items() if value is not None}
         if own:
             say(f"{cfg.exp_name} trains with your {', '.join(own)}.")
         device = torch.device(device or pick_device())
-        n = processes_for(cfg, stage_folder(cfg, data, self.out), device, False, own)
+        n = processes_for(cfg, stage_folder(cfg, data, self.out), device, fresh, own)
         stage = prepare_stage(cfg, data, teacher, self.out, True, device, **own, processes=n)
-        stage.folder.fresh = has_moved_on(stage)
+        stage.folder.fresh = fresh or has_moved_on(stage)
         run = stage.train(n)
         if run.name in self.guesses:
             reached = plus_minus(run.valid_acc, run.n_valid)
@@ -7797,7 +7927,10 @@ class Answers:
             wanted.append("alignment")
         own = {name: self.own[name] for name in wanted if name in self.own}
         if "student" in own and not self.has_layers(cfg):
-            say(f"{cfg.exp_name}: your student has no {', '.join(cfg.aligned_layers)} to align.")
+            say(
+                f"{cfg.exp_name}: your student has no {', '.join(cfg.aligned_layers)} to align, "
+                "so the reference trains here."
+            )
             del own["student"]
         return own
 
@@ -7828,7 +7961,8 @@ Each step is *predict, write, check, run, compare*:
 4. **Run and compare.** What is right is what the stages below train with. What is not yet written
    or not yet right breaks nothing: the reference stands in, and the cell says so.
 
-After a change run the cells from there on again; a stage whose code has changed starts anew."""
+After a change run the cells from there on again; a stage whose code has changed starts anew. (Where
+a cell ends in a syntax error, the check below it still sees what you wrote before.)"""
 
 # What the exercises edition calls in the place of the module's own functions.
 EXERCISES_CALLS = {
@@ -7889,14 +8023,20 @@ def learners_code(cell):
         name = exercise_that_shows(shown[1])
         return code_exercise(name, *head_and_body(name, globals()[shown[1]]))
     trained = re.search(r"h\.(?:run_stage|prepare_stage)\((\w+),", cell.source)
-    for call, own_call in EXERCISES_CALLS.items():
-        cell.source = cell.source.replace(call, own_call)
+    cell.source = with_own_calls(cell.source)
     if trained:
         guess = f"mine.guess({trained[1]}, None)  # TODO: your guess, for example 0.5"
         return [new_markdown(PREDICT), new_code(guess), cell]
     if re.search(r"^\s*import helpers", cell.source, re.MULTILINE):
         return [cell, new_code("mine = h.Answers()")]
     return [cell]
+
+
+def with_own_calls(text):
+    """Code with the calls of the exercises edition in the place of the module's own."""
+    for call, own_call in EXERCISES_CALLS.items():
+        text = text.replace(call, own_call)
+    return text
 
 
 PREDICT = "**Predict.** Which validation accuracy will this stage reach?"
@@ -7914,6 +8054,8 @@ def with_place_for_answer(cell):
     question, fold, answer = cell.source.partition("<details>")
     if not fold:
         return [cell]
+    # A stage of a solution is compared with those that were trained with the learner's answers.
+    answer = with_own_calls(answer)
     place = new_markdown("**Your answer:** *double-click here and write.*")
     if question.startswith("**Exercise"):
         place = new_code("# Your code.")
@@ -7941,7 +8083,10 @@ def code_exercise(name, head, body):
     """Write, check, and a folded solution, for one function."""
     take = f'mine.take("{name}", my_{name})'
     if name == "training_loop":
-        check = f"training_loop = {take}\ntraining_loop(student, train_loader, cfg)"
+        # A student of its own for each try, so that a second one does not train the first on.
+        student = "student = h.build_student(cfg).to(device)"
+        train = "training_loop(student, train_loader, cfg)"
+        check = f"{name} = {take}\n{student}\n{train}"
     elif EXERCISES[name].reference is None:
         check = f"_ = {take}"
     else:

@@ -70,9 +70,10 @@ def test_what_is_not_written_or_fails_is_said(said, check):
         return 1 / 0
 
     assert said(check, to_do) == (False, "Not yet: it is still to be written.")
+    line = failing.__code__.co_firstlineno + 1
     assert said(check, failing) == (
         False,
-        "Not yet: it raises ZeroDivisionError: division by zero.",
+        f"Not yet: it raises ZeroDivisionError in line {line}: division by zero.",
     )
     assert not check(lambda *arguments: None)
 
@@ -381,7 +382,8 @@ def test_an_alignment_by_hand(said):
 
     verdict, text = said(h.check_alignment, of_every_layer)
     assert not verdict
-    assert "layer4" in text
+    assert "fails on layer4" in text
+    assert "the keys of weights" in text
 
 
 def test_two_mistakes_in_a_schedule(said):
@@ -393,3 +395,57 @@ def test_two_mistakes_in_a_schedule(said):
     _, text = said(h.check_loss_weights, schedule)
     assert "factor 10" in text
     assert "not squared" in text
+
+
+def test_what_differs_is_said_where_no_mistake_is_known(said):
+    """By name, place and number, so that a learner can look there."""
+
+    def weights(cfg, progress):
+        return h.loss_weights(cfg, progress)._replace(kd=7.0)
+
+    assert said(h.check_loss_weights, weights)[1] == (
+        "Not yet: with loss_schedule='handover', kd at p = 0.25 is 7 where 0.625 is wanted, "
+        "and that is no known mistake."
+    )
+
+    def with_a_layer_too_many(*settings):
+        block = h.dwpw_conv(*settings)
+        return nn.Sequential(*block, nn.Conv2d(settings[1], settings[1], 1, bias=False))
+
+    assert said(h.check_dwpw_conv, with_a_layer_too_many)[1].startswith(
+        "Not yet: the number of parameters in the block of (8, 12) is 372 where 228 is wanted"
+    )
+
+
+def test_arguments_in_another_order_are_named(said):
+    def loss(student_logits, teacher_logits, labels, alpha, temperature):
+        return h.loss_fn_kd(student_logits, labels, teacher_logits, alpha, temperature)
+
+    assert said(h.check_loss_fn_kd, loss)[1] == (
+        "Not yet: the order of the arguments is "
+        "student_logits, labels, teacher_logits, alpha, temperature."
+    )
+
+
+def test_blocks_as_learners_slip(said):
+    """Written as a learner writes them, not by the variant."""
+
+    def block(i, o, k=3, stride=2, padding=1, *, act=nn.LeakyReLU, last=1, both=1, norm=True):
+        layers = [nn.Conv2d(i, i, k, stride, padding, groups=i)]
+        if norm:
+            layers.append(nn.BatchNorm2d(i))
+        layers += [act(0.01), nn.Conv2d(i, o, last or k, both or stride)]
+        return nn.Sequential(*layers, nn.BatchNorm2d(o), act(0.01))
+
+    check = h.check_dwpw_conv
+    assert said(check, block)[0]
+    cases = {
+        "there is no batch norm after the depthwise convolution": {"norm": False},
+        "the stride belongs to the depthwise convolution alone": {"both": 0},
+        "a pointwise one is 1 x 1": {"last": 0},
+        "the activation's slope is 0.1": {"act": lambda slope: nn.LeakyReLU(0.1)},
+    }
+    for words, slip in cases.items():
+        verdict, text = said(check, functools.partial(block, **slip))
+        assert not verdict
+        assert words in text, text

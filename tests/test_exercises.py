@@ -87,13 +87,14 @@ def runs(edition, tmp_path_factory):
 
 def test_an_untouched_edition_runs_whole_with_the_references(runs):
     variables, printed, _ = runs["untouched"]
-    assert [run.name for run in variables["runs"]] == list(h.STAGES)
-    assert printed.count("Not yet: it is still to be written.") == len(h.EXERCISES)
+    assert list(variables["runs"]) == list(h.STAGES)
+    # Each function, and the views.
+    assert printed.count("Not yet: it is still to be written.") == len(h.EXERCISES) + 1
     assert printed.count("Until it is right the reference stands in below.") == len(h.EXERCISES)
     assert "Until they are right the reference's views stand in" in printed
     assert printed.count("no guess yet") == len(h.STAGES)
     assert variables["mine"].own == {}
-    boss = variables["runs"][3]
+    boss = variables["runs"]["boss"]
     assert boss.facts["alignment"] == h.code_fingerprint(h.alignment)
     assert variables["strong_cfg"].rotation == h.STAGES["strong"].rotation
 
@@ -102,7 +103,7 @@ def test_a_solved_edition_trains_with_the_answers(runs):
     variables, printed, shown = runs["solved"]
     assert "Not yet" not in printed
     assert variables["mine"].own.keys() == h.EXERCISES.keys()
-    stages = {run.name: run for run in variables["runs"]}
+    stages = variables["runs"]
     assert list(stages) == list(h.STAGES)
     for stage, facts in {
         "medium": ("loss_fn_kd",),
@@ -126,12 +127,12 @@ def test_a_stage_whose_code_is_the_same_is_loaded(runs, capsys):
     arguments = [variables[name] for name in ("medium_cfg", "data", "teacher")]
     run = variables["mine"].run_stage(*arguments)
     assert "medium: finished before, loaded" in capsys.readouterr().out
-    assert h.state_checksum(run.net) == h.state_checksum(variables["runs"][1].net)
+    assert h.state_checksum(run.net) == h.state_checksum(variables["runs"]["medium"].net)
 
 
 def test_the_solutions_are_the_references(runs):
     """The solved Medium is the untouched one: the folded code does what the module's does."""
-    nets = [variables["runs"][1].net for variables, *_ in runs.values()]
+    nets = [variables["runs"]["medium"].net for variables, *_ in runs.values()]
     assert h.state_checksum(nets[0]) == h.state_checksum(nets[1])
     # It was trained a second time, since its code is another.
     assert "medium: started again" in runs["solved"][1]
@@ -250,7 +251,12 @@ def test_a_stage_gets_the_answers_that_it_has_a_use_for(tmp_path, capsys):
     mine.own["student"] = lambda: h.build_student(h.STAGES["simple"])
     assert "student" in mine.own_for(h.STAGES["strong"])
     assert "student" not in mine.own_for(h.STAGES["boss"])
-    assert "your student has no layer1, layer2, layer3" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert (
+        "your student has no layer1, layer2, layer3 to align, so the reference trains here" in said
+    )
+    mine.use_reference("student")
+    assert "student" not in mine.own_for(h.STAGES["strong"])
 
 
 def test_guesses(tmp_path, capsys):
@@ -259,8 +265,11 @@ def test_guesses(tmp_path, capsys):
     for nonsense in (None, "much", 70, -0.1):
         mine.guess(cfg, nonsense)
         assert mine.guesses == {}
+    said = capsys.readouterr().out
+    assert "70 is no accuracy from 0 to 1" in said
+    assert "It trains for 700 epochs" in said
     mine.guess(cfg, 1)
     assert mine.guesses == {"medium": 1.0}
+    assert "medium: after 700 epochs, you guess, 1.000." in capsys.readouterr().out
     mine.guess(cfg, None)
     assert mine.guesses == {}
-    assert "70 is no accuracy from 0 to 1" in capsys.readouterr().out
