@@ -7886,8 +7886,8 @@ class Answers:
         self.guesses.pop(cfg.exp_name, None)
         if accuracy is None:
             say(
-                f"{cfg.exp_name}: no guess yet. It trains for {cfg.n_epochs} epochs: write a number "
-                "from 0 to 1 in the place of None."
+                f"{cfg.exp_name}: no guess yet. It trains for {cfg.n_epochs} epochs: write a "
+                "number from 0 to 1 in the place of None."
             )
         elif not isinstance(accuracy, (int, float)) or not 0 <= accuracy <= 1:
             say(f"{cfg.exp_name}: {accuracy!r} is no accuracy from 0 to 1.")
