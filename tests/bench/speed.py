@@ -124,12 +124,25 @@ def run_ours(args, device, ready):
 
 
 def run_old(args, device, workers):
-    """Seconds an image of the homework's loop.
-
-    PIL in the loader, fp32, two numbers read back in every step.
-    """
+    """Seconds an image of the homework's loop."""
     data = h.find_data(args.data)
-    cfg = h.get_config("boss", **DWPW, image_size=args.size, batch_size=args.batch, amp="off")
+    cfg = h.get_config("boss", **DWPW, image_size=args.size, batch_size=args.batch)
+    loss_fn, optimizer, loader = old_training(cfg, data, device, workers)
+    n = 0
+    for step, (images, labels) in enumerate(loader):
+        old_step(loss_fn, optimizer, images, labels)
+        if step == 0:  # the first batch pays for warm-up and for starting the workers
+            start = time.perf_counter()
+            continue
+        n += len(labels)
+        if step == args.steps:
+            break
+    return (time.perf_counter() - start) / n
+
+
+def old_training(cfg, data, device, workers):
+    """(DistillLoss, Adam, DataLoader) of the homework's loop: fp32, PIL in the loader."""
+    cfg = h.replace(cfg, amp="off")
     teacher = h.load_teacher(data.teacher_path, device)
     student = h.build_student(cfg).to(device)
     loss_fn = h.DistillLoss(cfg, student, teacher).train()
@@ -138,24 +151,20 @@ def run_old(args, device, workers):
     dataset = h.FoodDataset(data, "training", h.reference_transform(cfg, train=True))
     pin = device.type == "cuda"
     loader = DataLoader(dataset, cfg.batch_size, shuffle=True, num_workers=workers, pin_memory=pin)
-    n = 0
-    for step, (images, labels) in enumerate(loader):
-        images = images.to(device)
-        labels = labels.to(device)
-        out = loss_fn(images, labels)
-        optimizer.zero_grad()
-        out.loss.backward()
-        nn.utils.clip_grad_norm_(loss_fn.parameters(), cfg.grad_norm_max)
-        optimizer.step()
-        out.loss.item()
-        (out.student_logits.argmax(1) == labels).float().mean().item()
-        if step == 0:  # the first batch pays for warm-up and for starting the workers
-            start = time.perf_counter()
-            continue
-        n += len(labels)
-        if step == args.steps:
-            break
-    return (time.perf_counter() - start) / n
+    return loss_fn, optimizer, loader
+
+
+def old_step(loss_fn, optimizer, images, labels):
+    """A step of the homework's loop, which reads loss and accuracy back: the loss, a number."""
+    images = images.to(loss_fn.device)
+    labels = labels.to(loss_fn.device)
+    out = loss_fn(images, labels)
+    optimizer.zero_grad()
+    out.loss.backward()
+    nn.utils.clip_grad_norm_(loss_fn.parameters(), loss_fn.cfg.grad_norm_max)
+    optimizer.step()
+    (out.student_logits.argmax(1) == labels).float().mean().item()
+    return out.loss.item()
 
 
 def compare_sides(args):
