@@ -39,10 +39,13 @@ def test_each_side_is_a_process_and_what_the_file_has_is_not_measured_again(
     rows = run(*arguments).set_index("side")
     assert list(rows.index) == ["ours", "old0"]
     assert (rows[["images_per_second", "before_first_step_s", "main_rss_mb"]] > 0).all().all()
+    if sys.platform == "linux":
+        assert (rows["pss_mb"] > 100).all()
     assert "ours is faster" in capsys.readouterr().out
 
     monkeypatch.setattr(peers, "measure", lambda *_: pytest.fail("measured again"))
     assert len(run(*arguments)) == 2
+    assert len(run("--show", "--sizes", "40", "64", "--turns", "3", "--sides", "ours", "old0")) == 2
 
 
 @pytest.mark.parametrize("name", peers.SIDES)
@@ -70,7 +73,7 @@ def test_another_loss_and_an_untrained_student_are_found(prepared):
 def test_a_side_without_its_package_is_left_out_with_a_line(run, monkeypatch, capsys):
     monkeypatch.setattr(peers, "absent_sides", lambda args: {"timm": "timm"})
     row = {"images_per_second": 2.0, "before_first_step_s": 1.0, "main_rss_mb": 1.0, "cuda_mb": 0}
-    monkeypatch.setattr(peers, "measure", lambda *_: (dict(row), (3.0, 1.0)))
+    monkeypatch.setattr(peers, "measure", lambda *_: (dict(row), peers.PeakMemory(0)))
     rows = run("--sizes", "40", "64", "--turns", "2", "--sides", "ours", "timm")
     assert list(rows["side"]) == ["ours"] * 4
     assert "timm is left out" in capsys.readouterr().out

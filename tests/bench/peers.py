@@ -2,6 +2,7 @@
 
     HW13_PHOTOS=DIR python tests/bench/peers.py [--python PATH] [--sizes 224 128] [--turns 3]
         [--photographs 512] [--epochs 2] [--workers N] [--sides ours timm ...] [--out FOLDER]
+        [--show]
 
 All sides train the student of stage Strong from the same frozen ResNet-18 with the same loss
 (`loss_fn_kd` with the stage's alpha and temperature), batch, photographs and views: a random
@@ -32,8 +33,8 @@ file is not measured again (--fresh: it is). Its columns:
     images_per_second     over the epochs, the first batch and each epoch's start included; two
                           steps on noise come before
     before_first_step_s   seconds from the files to the first batch: ours decodes all of them here
-    pss_mb                peak of the side's processes together, sampled each second; what they
-                          share counts once (PSS)
+    pss_mb                peak of the side's processes together, sampled twice a second; what
+                          they share counts once (PSS)
     pss_file_mb           of that what is mapped from files, which the system can drop: libraries,
                           and our decoded photographs
     main_rss_mb           the kernel's peak for the training process alone
@@ -475,30 +476,61 @@ def absent_sides(args):
     return {side: name for side, name in PACKAGES.items() if name in missing}
 
 
-def memory_of(session):
-    """(PSS, part of it mapped from files) of a session's processes together, in MB."""
-    total = Counter()
+def processes_of(session):
+    """The /proc folders of a session's processes."""
+    found = []
     for entry in Path("/proc").glob("[0-9]*"):
-        # A process may end while it is looked at.
-        with contextlib.suppress(OSError):
-            if os.getsid(int(entry.name)) != session:
-                continue
-            for line in (entry / "smaps_rollup").read_text().splitlines()[1:]:
-                name, kilobytes = line.split()[:2]
-                total[name] += int(kilobytes) / 1024
-    return total["Pss:"], total["Pss_File:"]
+        with contextlib.suppress(OSError):  # it may have ended
+            if os.getsid(int(entry.name)) == session:
+                found.append(entry)
+    return found
+
+
+class PeakMemory:
+    """The most memory that a session's processes were seen to have together, in MB.
+
+    total: their PSS, files: the part of it that is mapped from files.
+    """
+
+    def __init__(self, session):
+        self.session = session
+        self.total = 0.0
+        self.files = 0.0
+        self.most_pages = 0
+
+    def look(self):
+        """Look once. The PSS takes the kernel 0.1 s and holds up what the process allocates, so it
+        is asked for only where the resident pages, which cost nothing, are more than ever.
+        """
+        folders = processes_of(self.session)
+        pages = 0
+        for folder in folders:
+            with contextlib.suppress(OSError):
+                pages += int((folder / "statm").read_text().split()[1])
+        if pages < 1.02 * self.most_pages:
+            return
+        self.most_pages = pages
+        kilobytes = Counter()
+        for folder in folders:
+            with contextlib.suppress(OSError):
+                for line in (folder / "smaps_rollup").read_text().splitlines()[1:]:
+                    name, value = line.split()[:2]
+                    kilobytes[name] += int(value)
+        if kilobytes["Pss:"] / 1024 > self.total:
+            self.total = kilobytes["Pss:"] / 1024
+            self.files = kilobytes["Pss_File:"] / 1024
 
 
 def measure(command, environment):
-    """(row that a side's process prints, its peak memory as `memory_of` gives it)."""
-    peak = (0.0, 0.0)
+    """(row that a side's process prints, the PeakMemory of it and its workers)."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         streams = {"stdout": out, "stderr": errors, "env": environment}
         process = subprocess.Popen(command, start_new_session=True, **streams)
+        peak = PeakMemory(process.pid)
         try:
             while process.poll() is None:
-                peak = max(peak, memory_of(process.pid))
-                time.sleep(1)
+                peak.look()
+                time.sleep(0.5)
         finally:  # also where this process is stopped
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -517,8 +549,8 @@ def measure_side(args, key):
         command += [f"--{name}", str(key[name])]
     with tempfile.TemporaryDirectory() as cache:
         row, peak = measure(command, {**os.environ, "HW13_CACHE": cache})
-    row["pss_mb"] = peak[0]
-    row["pss_file_mb"] = peak[1]
+    row["pss_mb"] = peak.total
+    row["pss_file_mb"] = peak.files
     row["date"] = time.strftime("%Y-%m-%d")
     return key | row
 
@@ -551,16 +583,16 @@ def measure_all(args, path):
     if path.exists() and not args.fresh:
         rows = pd.read_csv(path).to_dict("records")
     for key in keys:
-        if any(key.items() <= row.items() for row in rows):
+        if args.show or any(key.items() <= row.items() for row in rows):
             continue
         row = measure_side(args, key)
         rows.append(row)
         pd.DataFrame(rows).round(3).to_csv(path, index=False)
         print(f"turn {key['turn']}, {key['size']} px, {key['side']}:", end=" ")
         print(f"{row['images_per_second']:.1f} images/s", flush=True)
-    frame = pd.DataFrame(rows)
-    wanted = pd.DataFrame(keys)
-    return frame.merge(wanted, on=KEY)
+    if not rows:
+        sys.exit(f"{path} has no rows yet")
+    return pd.DataFrame(rows).merge(pd.DataFrame(keys), on=KEY)
 
 
 def summary(frame):
@@ -572,6 +604,7 @@ def summary(frame):
     by_size = frame.groupby(["size", "side"], sort=False)
     columns = ["images_per_second", "before_first_step_s", "pss_mb", "pss_file_mb", "main_rss_mb"]
     table = by_size[[*columns, "cuda_mb"]].median()
+    table.insert(0, "turns", by_size.size())
     if "ours" not in speeds:
         return table
     ratios = speeds.rdiv(speeds["ours"], axis=0).stack().groupby(["size", "side"])
@@ -595,6 +628,7 @@ def parser():
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--fresh", action="store_true", help="measure again what the file has")
+    parser.add_argument("--show", action="store_true", help="measure nothing: print the table")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--side", choices=SIDES, help="run one side here, at --size")
     parser.add_argument("--size", type=int, default=224)
@@ -613,7 +647,7 @@ def main(arguments=None):
     if torch.cuda.is_available():
         machine = re.sub(r"\W+", "-", machine_name())
     frame = measure_all(args, args.out / f"peers-{machine}.csv")
-    print(f"\n{machine_name()}, medians of {args.turns} turns")
+    print(f"\n{machine_name()}: medians over the turns, ratios within a turn")
     print(summary(frame).round(2).to_string())
 
 
