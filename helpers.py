@@ -122,14 +122,17 @@ def readable(text):
         if character.isprintable() or character == "\n":
             visible.append(character)
         else:
+            # ascii() puts quotes around the escape, which go.
             visible.append(ascii(character)[1:-1])
     text = "".join(visible)
+    # \S{201,}: text without a blank, as base64, which would fill the screen.
     return re.sub(rf"\S{{{LONGEST_WORD + 1},}}", shortened, text)
 
 
 def shortened(match):
     """The two ends of a matched word."""
     word = match[0]
+    # 98 + 3 + 98 characters: short enough to pass `readable` once more unchanged.
     half = LONGEST_WORD // 2 - 2
     return f"{word[:half]}...{word[-half:]}"
 
@@ -195,6 +198,7 @@ def reason(error):
 @illustration()
 def show_source(function):
     """A function's source, as it runs, coloured, for a notebook."""
+    # Imported where it is used, for the command line needs no IPython.
     from IPython.display import HTML, Code
 
     code = Code(inspect.getsource(function), language="python")
@@ -285,6 +289,7 @@ class Config:
     )
 
     def __post_init__(self):
+        # By way of object, for a frozen dataclass refuses plain assignment even here.
         for f in dataclasses.fields(self):
             object.__setattr__(self, f.name, allowed_value(f, getattr(self, f.name)))
         self._check_name()
@@ -293,10 +298,12 @@ class Config:
         self._check_alignment()
 
     def _check_name(self):
+        # It names a folder and a CSV: no separators, and no dot that with_suffix would cut at.
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", self.exp_name):
             self._refuse("exp_name", "letters, digits, '_', '-'")
 
     def _check_layers(self):
+        # With padding kernel_size // 2 an even kernel would make each map a pixel larger.
         if self.kernel_size % 2 == 0:
             self._refuse("kernel_size", "an odd number")
         if not len(self.widths) == len(self.depths) == len(self.strides) > 0:
@@ -380,6 +387,7 @@ def allowed_value(f, value):
     wanted = int if number is int else (int, float)
 
     def usable(v):
+        # bool is a subclass of int. NaN fails the comparison, so it is refused too.
         return isinstance(v, wanted) and not isinstance(v, bool) and low <= v <= high
 
     if kind is tuple and isinstance(value, (tuple, list)) and all(map(usable, value)):
@@ -401,6 +409,7 @@ def parse_setting(text):
     """
     name, sign, value = (part.strip() for part in text.partition("="))
     fields = {f.name: f for f in dataclasses.fields(Config)}
+    # literal_eval of a long, deeply nested text can crash the interpreter.
     if not sign or name not in fields or len(text) > 300:
         raise UserError(
             f"--set {printable(text)}: write KEY=VALUE, for example n_epochs=2; "
@@ -411,6 +420,7 @@ def parse_setting(text):
         # What is no number stays text, and is refused below.
         with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             value = ast.literal_eval(value)
+    # One entry without a comma: align_weights=3.0 means (3.0,).
     if kind is tuple and not isinstance(value, tuple):
         value = (value,)
     return name, allowed_value(fields[name], value)
@@ -505,6 +515,7 @@ def get_config(stage, length="full", demo=False, **overrides):
     if demo:
         cfg = replace(cfg, n_epochs=DEMO_EPOCHS, **DEMO_SETTINGS)
     fraction, at_least = LENGTHS[length]
+    # The minimum must not lengthen a stage that has fewer epochs.
     n_epochs = min(cfg.n_epochs, max(at_least, round(fraction * cfg.n_epochs)))
     cfg = replace(cfg, n_epochs=n_epochs)
     return replace(cfg, **overrides)
@@ -703,6 +714,7 @@ def food_folders(folder):
         return []
     folders = []
     archives = []
+    # False sorts before True, so the exact spelling comes first.
     for path in sorted(folder.iterdir(), key=lambda path: (path.name != "Food-11", path.name)):
         if path.is_dir() and letters_and_digits(path.name) == "food11":
             folders.append(path)
@@ -772,6 +784,7 @@ def data_root(root, needed=SPLITS):
     if is_plain_folder(root, needed):
         return root
     level = [root]
+    # Level by level: an unpacked archive often wraps the data in a folder or two.
     for _ in range(2):
         level = [inner for folder in level for inner in subfolders(folder)]
         found = [folder for folder in level if set(needed) <= set(split_folders(folder))]
@@ -792,6 +805,7 @@ def missing_splits(root, needed):
     archives = sorted(path.name for path in root.iterdir() if is_archive(path))
     if archives:
         return f"{text}. Unpack {printable(archives[0])} first"
+    # The user named a split's own folder, one level too deep.
     if split_of(root.name):
         return f"{text}. Name the folder above it"
     return text
@@ -959,6 +973,7 @@ def read_split(folders, split):
     Files are sorted by path. Every file below the folders is either used or ignored for a reason.
     """
     folder, *others = folders
+    # Pictures are used from `home`; any other file below `folder` is ignored for a reason.
     home = without_doubling(folder)
     class_folders = find_class_folders(home)
     files, ignored = sort_out(folder, home, class_folders, split)
@@ -988,6 +1003,7 @@ def read_split(folders, split):
 
 def without_doubling(folder):
     """The folder that a split's files are in: its own, or the one in it that holds them all."""
+    # An archive may repeat the name once or twice: training/training/0_1.jpg.
     for _ in range(2):
         inside = subfolders(folder)
         if len(inside) != 1 or class_of(inside[0].name) is not None or holds_pictures(folder):
@@ -1101,6 +1117,7 @@ def is_picture(path):
     if path.suffix.lower() in PICTURE_SUFFIXES:
         return True
     try:
+        # Image.open reads the header alone.
         with warnings.catch_warnings(), Image.open(path, formats=picture_formats()):
             return True
     except Image.UnidentifiedImageError:
@@ -1131,6 +1148,7 @@ def keep_ids_without_picture(files, ignored):
     """
     taken = {path.stem for path in files}
     for path, why in list(ignored.items()):
+        # "0001", or "3_17" as in the original distribution.
         is_id = re.fullmatch(r"\d+(_\d+)?", path.stem)
         if why == NO_PICTURE and is_id and path.stem not in taken:
             taken.add(path.stem)
@@ -1173,6 +1191,7 @@ def evaluation_labels(files):
     """
     labels = []
     for path in files:
+        # Two digits at most: a camera's 20230501_1 tells no label.
         number = re.fullmatch(r"(\d\d?)_\d+", path.stem)
         label = -1
         if number and int(number[1]) < NUM_CLASSES:
@@ -1187,6 +1206,7 @@ def check_few(ignored, reasons, files, allowed, what):
     """UserError where more than `allowed`, and than a few of a split's images, are ignored."""
     bad = [path for path, why in ignored.items() if why in reasons]
     n = len(bad) + len(files)
+    # `allowed` is for small sets, where a single file is more than that fraction.
     if len(bad) > max(allowed, MAX_BAD_FRACTION * n):
         raise UserError(f"{len(bad)} of {n} images {what}: {printable(bad[0])}, ...")
 
@@ -1258,6 +1278,7 @@ def known_set(data):
         has_labels = data.has_evaluation_labels
     read = [split for split in SPLITS if data.files[split]]
     for known in KNOWN_SETS:
+        # Three sets have the same counts: what is known of evaluation labels tells them apart.
         if has_labels not in known.labels:
             continue
         wrong = differing_counts(data, known)
@@ -1272,6 +1293,7 @@ def differing_counts(data, known):
     more = {}
     for split, wanted in known.counts.items():
         n = len(data.files[split])
+        # 0 is a split that was not read.
         if n not in (0, wanted):
             more[split] = n - wanted
     return more
@@ -1321,6 +1343,7 @@ def odd_ids(ids):
     """The ids of another form than nearly all, as `0001 (1)` among `0000`, `0001`, ..."""
     if not ids:
         return []
+    # `0001` becomes `0`, `0001 (1)` becomes `0 (0)`.
     forms = [re.sub(r"\d+", "0", name) for name in ids]
     usual, n_usual = Counter(forms).most_common(1)[0]
     # Own photographs may have any names.
@@ -1335,9 +1358,11 @@ def copies_between_splits(files):
     files: split -> [Path]. Only files of one size are opened, and read whole if they end alike.
     """
     n_copies = Counter()
+    # Each test costs more than the one before, and sees only the files that it left.
     for of_one_size in shared_groups(files, lambda path: path.stat().st_size):
         for of_one_end in shared_groups(of_one_size, lambda path: ends_digest(path, 4096)):
             for equal in shared_groups(of_one_end, ends_digest):
+                # Groups keep the order of the splits, so the first of two is the earlier one.
                 for earlier, split in itertools.combinations(equal, 2):
                     n_copies[split, earlier] += len(equal[split])
     return dict(n_copies)
@@ -1360,6 +1385,7 @@ def ends_digest(path, n_bytes=None):
                 file.seek(max(0, path.stat().st_size - n_bytes))
             return hashlib.file_digest(file, "sha256").digest()
     except OSError:
+        # No other file has this key, so it counts as no copy.
         return path
 
 
@@ -1375,6 +1401,7 @@ MAX_ASPECT = 300
 @functools.cache
 def picture_formats():
     """Those of PICTURE_FORMATS that this Pillow was built with."""
+    # Without it Pillow has loaded its commonest plugins at most.
     Image.init()
     return tuple(name for name in PICTURE_FORMATS if name in Image.OPEN)
 
@@ -1520,6 +1547,7 @@ def cache_root():
     except OSError as error:
         why = error.strerror
         raise UserError(f"the cache folder {root} cannot be made ({why}); set HW13_CACHE") from None
+    # In a shared temporary directory another user could change the files of a folder of theirs.
     if not named and not is_own(root):
         raise UserError(
             f"the cache folder {root} belongs to another user; "
@@ -1557,6 +1585,7 @@ def load_data(data, split, form, image_size):
     n = len(files)
     if form == "whole":
         side = source_size(image_size)
+        # Squeezed to a square; the aspect, stored beside it, lets `sample_crops` undo that.
         transform = transforms.Resize((side, side))
     else:
         side = image_size
@@ -1598,6 +1627,7 @@ def cache_path(data, split, form, image_size):
         # st_mtime can be set back, as unpacking and copying do: st_ctime moves with every writing.
         # Where only times differ, as on another mount, the files are decoded once more.
         stats.append((name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+    # Another version may decode or resize to slightly other pixels.
     decoders = (Image.__version__, torchvision.__version__)
     key = fingerprint(CACHE_VERSION, *decoders, form, image_size, stats)
     return cache_root() / f"{split}-{form}-{image_size}-{key}.images"
@@ -1669,6 +1699,7 @@ def fill_cache(path, files, split, transform, side):
     ):
         # Odd EXIF and palette bytes; what cannot be decoded is named below.
         warnings.simplefilter("ignore")
+        # What a thread raised is raised here, when its result is asked for.
         for _ in pool.map(decode, range(len(files))):
             bar.update()
     if split == "evaluation":
@@ -1714,6 +1745,7 @@ def digest_of(path):
 
 def store_image(cached, i, image, transform):
     """Put a decoded PIL image, transformed, into place i of the CacheArrays."""
+    # Of the picture as it was, before it is squeezed or cropped.
     cached.aspects[i] = image.width / image.height
     pixels = torch.from_numpy(np.array(transform(image)))  # (side, side, 3)
     cached.images[i] = pixels.permute(2, 0, 1)
@@ -1721,6 +1753,7 @@ def store_image(cached, i, image, transform):
 
 def keep_damaged(failures, files, transform, cached):
     """Evaluation images that would not decode: named, and stored as well as it goes."""
+    # After the threads have ended, for `rescue` must be alone.
     for i, why in sorted(failures.items()):
         image, how = rescue(files[i])
         store_image(cached, i, image, transform)
@@ -1754,6 +1787,7 @@ def leave_out(failures, cached):
     for i in places:
         say(f"WARNING: {failures[i]}; left out")
     cached.states[places] = LEFT_OUT
+    # LEFT_OUT is 0, so these are the places of the images that stay, in order.
     keep = cached.states.nonzero()[:, 0].tolist()
     # Each image moves forward or stays, so none is overwritten before it has moved.
     for to, i in enumerate(keep):
@@ -1841,6 +1875,7 @@ def make_demo_data(seed=0):
     if is_fast():
         per_class = FAST_DEMO_PICTURES
     name = fingerprint(DEMO_VERSION, per_class, seed)
+    # In a folder of its own, for the teacher's pictures lie beside Food-11.
     root = cache_root() / f"demo-{name}" / "Food-11"
     if not root.is_dir() and is_first_on_node():
         draw_demo_set(root, per_class, seed)
@@ -1873,6 +1908,7 @@ def draw_demo_set(root, per_class, seed):
         if time.time() - left.stat().st_mtime > 86_400:
             shutil.rmtree(left, ignore_errors=True)
     drawing = Path(tempfile.mkdtemp(prefix="demo-drawing-", dir=cache_root()))
+    # Seeds of their own: a split's pictures do not depend on how many the others have.
     for place, split in enumerate(SPLITS):
         wrong = DEMO_WRONG_LABELS if split == "training" else 0.0
         draw_split(drawing / root.name / split, per_class[split], (seed, place), wrong)
@@ -1898,8 +1934,10 @@ def draw_split(folder, per_class, seed, wrong_labels=0.0):
     for i, label in enumerate(labels.tolist()):
         picture = draw_dish(label, rng)
         if rng.random() < wrong_labels:
+            # 1 to 10 steps around the circle of eleven classes never end at the right one.
             label = (label + int(rng.integers(1, NUM_CLASSES))) % NUM_CLASSES
         name = f"{label}_{i}.jpg"
+        # As in the homework, names of evaluation images do not tell their labels.
         if folder.name == "evaluation":
             name = f"{i:04d}.jpg"
         picture.save(folder / name, quality=90)
@@ -1953,6 +1991,7 @@ def sample_crops(aspects, scale, generator, ratio=(3 / 4, 4 / 3)):
 
     # Where none fits: the whole picture, cut to the nearest allowed ratio, from the middle.
     none_fits = ~fits.any(1)
+    # Of a picture wider than `ratio` only the width is cut, of a taller one only the height.
     allowed = aspects.double().clamp(*ratio)
     wide = torch.where(none_fits, (allowed / aspects).clamp(max=1), wide)
     high = torch.where(none_fits, (aspects / allowed).clamp(max=1), high)
@@ -2366,6 +2405,7 @@ def dwpw_student(cfg):
     The stem is the teacher's shape (7x7 stride 2, max-pool); widths, depths, strides and kernel
     come from `cfg`. With strides 1, 2, 2 its maps have the teacher's sizes (1/4, 1/8, 1/16).
     """
+    # (B, 3, H, W) -> (B, stem_width, H / 4, W / 4)
     stem = nn.Sequential(
         nn.Conv2d(3, cfg.stem_width, 7, 2, 3, bias=False),
         nn.BatchNorm2d(cfg.stem_width),
@@ -2426,6 +2466,7 @@ def ir_student(cfg):
 
     Late layers without a stride keep large feature maps, which cost multiply-adds, no parameters.
     """
+    # (B, 3, H, W) -> (B, stem_width, H / 2, W / 2)
     stem = conv_bn(3, cfg.stem_width, 3, 2)
 
     def block(in_channels, out_channels, stride):
@@ -2477,6 +2518,7 @@ def check_budget(model, limit=PARAM_LIMIT):
     twice, which the course's tool counts twice. A stage is checked when it is prepared, and again
     before its student predicts. A block that stands alone, dwpw_conv(64, 128), is counted too.
     """
+    # parameters() yields a tensor that two modules share once.
     once = sum(p.numel() for p in model.parameters())
     # Any size will do, for the count does not depend on it; a small one is fast.
     at_each_call = sum(own for _, _, own in trace_calls(model, 64))
@@ -3200,6 +3242,7 @@ def choices_of(right, changes):
 
 def named_mistake(given, observe, variant, mistakes):
     """The hint of the mistake with which `observe` sees what it saw of the answer, or None."""
+    # The first that fits is named, so the order of the table matters.
     for hint, changes in mistakes_to_try(mistakes):
         # Two mistakes together need not even run.
         with contextlib.suppress(WrongAnswer, RuntimeError, ValueError):
@@ -3213,6 +3256,7 @@ def seen_of(observe, answer):
     try:
         return observe(answer)
     except WrongAnswer:
+        # It is an Exception too, which the last case would wrap once more.
         raise
     except NotImplementedError:
         raise WrongAnswer("it is still to be written") from None
@@ -3336,6 +3380,7 @@ def gradients_of(value, inputs):
 
 # The soft labels.
 
+# power: the logits are multiplied by T to this power. dim: of the softmax.
 RIGHT_SOFT_LABELS = {"power": -1, "dim": -1, "log": False, "divides_after": False}
 
 SOFT_LABEL_MISTAKES = {
@@ -3353,6 +3398,7 @@ SOFT_LABEL_MISTAKES = {
 def soft_labels_variant(logits, temperature, **changes):
     """soft_labels with some of RIGHT_SOFT_LABELS changed."""
     choices = choices_of(RIGHT_SOFT_LABELS, changes)
+    # The exponential of the log-softmax, so that to leave it out is a choice.
     soft = F.log_softmax(logits.float() * temperature**choices.power, choices.dim)
     if not choices.log:
         soft = soft.exp()
@@ -3365,6 +3411,7 @@ def observe_soft_labels(function):
     """The soft labels of a batch, of one picture, and of logits so large that exp overflows."""
     logits = 3 * torch.randn(6, NUM_CLASSES, generator=torch.Generator().manual_seed(0))
     logits = logits.to(pick_device())
+    # (6, 11), (11,) and (6, 11): dim=1 fails on the second, a bare exp overflows on the third.
     cases = {
         "the soft labels of a batch": (logits, 4.0),
         "those of one picture": (logits[0], 2.0),
@@ -3475,6 +3522,7 @@ KD_MISTAKES = {
 
 def soft_variant(student_logits, teacher_logits, temperature, choices):
     """The soft loss as the choices have it."""
+    # (B, 11) each: p is the student's distribution, q the teacher's, as in RIGHT_KD.
     log_p = F.log_softmax(student_logits / temperature**choices.student_power, choices.dim)
     log_q = F.log_softmax(teacher_logits / temperature**choices.teacher_power, choices.dim)
     distributions = {"log p": log_p, "p": log_p.exp(), "log q": log_q, "q": log_q.exp()}
@@ -3531,6 +3579,7 @@ def observe_kd(function):
     values = {}
     gradients = {}
     for student, labels, teacher, alpha, temperature in kd_test_cases():
+        # One tensor serves all cases, for autograd.grad does not add up in .grad.
         student = student.requires_grad_()
         # A copy, by which writing in place is noticed.
         given = teacher.clone()
@@ -3694,9 +3743,11 @@ def norm_and_activation(channels, number, choices):
 
 def fill_with_numbers(parameters):
     """Give parameters values that depend on their order alone."""
+    # Blocks with the same layers then give the same output, whatever weights they began with.
     generator = torch.Generator().manual_seed(0)
     for parameter in parameters:
         numbers = torch.randn(parameter.shape, generator=generator) / 3
+        # Through .data, for autograd forbids writing to a trained leaf in place.
         parameter.data = numbers.to(parameter.device)
 
 
@@ -3720,6 +3771,7 @@ def parameters_as_called(block, images):
 
 def observe_block(function):
     """Of blocks with several settings: the number of parameters, and output for fixed weights."""
+    # Eight channels, which is what every block below takes.
     # Large enough for two convolutions of 5 x 5 without padding, a mistake that shall be named.
     images = torch.randn(4, 8, 24, 24, generator=torch.Generator().manual_seed(1))
     seen = {}
@@ -3732,6 +3784,7 @@ def observe_block(function):
         # In the order of calls, so that it does not matter in which order a block defines its
         # layers.
         fill_with_numbers(parameters_as_called(block, images))
+        # In training mode: batch norm uses the batch's own statistics and needs no stored ones.
         output = block(images).detach()
         block_name = f"the block of {settings}"
         seen[f"the number of parameters in {block_name}"] = torch.tensor(float(count))
@@ -3761,6 +3814,7 @@ def check_student(answer, image_size=64, limit=PARAM_LIMIT):
     try:
         # A copy, for the checks change its mode and leave gradients.
         student = seen_of(lambda build: copy.deepcopy(build_own(build)), answer)
+        # As a net is built: it must run, then fit the limit, then learn. The first fault is told.
         seen_of(lambda net: check_logits(net, image_size), student)
         count = seen_of(lambda net: check_budget(net, limit), student)
         seen_of(lambda net: check_gradients(net, image_size), student)
@@ -3783,6 +3837,7 @@ def build_own(student):
 def check_logits(net, image_size):
     """WrongAnswer unless a net gives each image its own eleven logits, whatever their size."""
     generator = torch.Generator().manual_seed(0)
+    # Several sizes, for a net that flattens its maps fits one alone.
     for side in (image_size, 100, 224):
         images = torch.randn(3, 3, side, side, generator=generator)
         with evaluation_mode(net) as device:
@@ -3794,6 +3849,7 @@ def check_logits(net, image_size):
                 why = str(error).splitlines()[0]
                 raise WrongAnswer(f"it fails on images of {side} x {side}: {why}") from None
         # In eval mode batch norm uses what it stored, so an image cannot see its neighbours.
+        # Loose, for another batch size may take another kernel, which rounds in its own way.
         if not torch.allclose(together[:1], alone, rtol=1e-3, atol=1e-3):
             raise WrongAnswer("its answer about an image depends on the others of the batch")
         # The sums of three images' logits are all 1 only after a softmax.
@@ -3818,6 +3874,7 @@ def check_gradients(net, image_size):
 
 # The views.
 
+# Config key -> the transform of torchvision that it stands for.
 VIEW_SETTINGS = {
     "crop_scale": "RandomResizedCrop(224, scale=(0.7, 1.0))",
     "hflip": "RandomHorizontalFlip(0.5)",
@@ -3839,6 +3896,7 @@ def check_views(answer, cfg=BOSS):
     for name, transform in VIEW_SETTINGS.items():
         wanted = getattr(cfg, name)
         given = answer.get(name)
+        # Config takes lists too, and makes tuples of them.
         if isinstance(given, list):
             given = tuple(given)
         if given != wanted:
@@ -3862,6 +3920,7 @@ RIGHT_ALIGNMENT = {
     "adapted": "student",
     "side": "smaller",
     "divides": False,
+    # Which of the layers' terms are added up
     "layers": slice(None),
     "pool": F.adaptive_avg_pool2d,
     "detaches": False,
@@ -3902,6 +3961,7 @@ def alignment_variant(student_maps, teacher_maps, weights, adapters, **changes):
         sides = {"student's": ours.shape[-1], "teacher's": theirs.shape[-1]}
         sides |= {"smaller": min(sides.values()), "larger": max(sides.values())}
         side = sides[choices.side]
+        # Maps of the right size are pooled too, which leaves each as it is.
         ours = choices.pool(ours.detach() if choices.detaches else ours, side)
         theirs = choices.pool(theirs, side)
         if choices.adapted == "student":
@@ -3925,9 +3985,11 @@ def observe_alignment(function):
             made[f"layer{number}"] = drawn.to(pick_device())
         return made
 
+    # Sides of layer1 to layer4: equal, then the teacher's larger, then the student's.
     student_maps = maps(8, 4, 4, 2)  # of layer4, which has no weight, nothing may depend
     teacher_maps = maps(8, 8, 2, 2)
     weights = {"layer1": 3.0, "layer2": 2.0, "layer3": 0.5}
+    # Convolutions although the widths agree, so that an answer without adapters differs.
     adapters = nn.ModuleDict({layer: nn.Conv2d(4, 4, 1) for layer in weights})
     fill_with_numbers(adapters.to(pick_device()).parameters())
     inputs = {f"the student's {layer}": student_maps[layer].requires_grad_() for layer in weights}
@@ -4047,6 +4109,7 @@ LOOP_MISTAKES = {
 def loop_variant(student, train_loader, cfg, **changes):
     """The training loop by hand, with some of RIGHT_LOOP changed."""
     choices = choices_of(RIGHT_LOOP, changes)
+    # The later wins: a mistake's setting stands in the place of the config's.
     settings = {"lr": cfg.lr, "weight_decay": cfg.weight_decay} | choices.settings
     optimizer = choices.optimizer(student.parameters(), **settings)
     n_epochs = {"all": cfg.n_epochs, "one": 1, "none": 0}[choices.epochs]
@@ -4111,6 +4174,7 @@ def observe_loop(function):
     fill_with_numbers(student.to(pick_device()).eval().parameters())
     function(student, MadeUpBatches(), cfg)
     seen = {}
+    # Statistics and num_batches_tracked too: they show how often it ran in training mode.
     for name, value in student.state_dict().items():
         seen[f"after two epochs the student's {name}"] = value.detach().float()
     return seen
@@ -4380,11 +4444,13 @@ def optimizer_step(state, loss, lr, grad_norm_max):
     Under fp16 the gradients are unscaled before they are clipped; without it the scaler does
     nothing.
     """
+    # Set by hand at each step, so that a resumed run needs no scheduler's state.
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     state.optimizer.zero_grad(set_to_none=True)
     state.scaler.scale(loss).backward()
     state.scaler.unscale_(state.optimizer)
+    # Student and adapters together: one norm over all that is trained.
     nn.utils.clip_grad_norm_(state.loss_fn.parameters(), grad_norm_max)
     state.scaler.step(state.optimizer)
     state.scaler.update()
@@ -4442,6 +4508,7 @@ def paired_difference(correct, others_correct):
     one: that of the mean of N values -1, 0 or 1.
     """
     differences = correct.double() - others_correct.double()  # (N,)
+    # Divided by N and not N - 1, as `standard_error` has it: p (1 - p) is such a variance.
     error = differences.std(correction=0) / math.sqrt(len(differences))
     return differences.mean().item(), error.item()
 
@@ -4606,6 +4673,7 @@ DATA_FACTS = {
 
 def layers_fingerprint(model):
     """A hash of a net's layers and their settings, whatever their weights."""
+    # A module's repr tells its settings (stride, padding, ...), which a state dict does not.
     return fingerprint([(name, repr(module)) for name, module in model.named_modules()])
 
 
@@ -4790,6 +4858,7 @@ class RunFolder:
         if self.path.is_relative_to(default_out()):
             name = self.path.relative_to(default_out())
         for path in attached_files(LAST):
+            # match compares from the right, so whatever input it lies in does not count.
             if not path.match(f"{name}/{LAST}"):
                 continue
             try:
@@ -4894,6 +4963,7 @@ def read_run(folder):
         except UserError as error:
             damaged[path] = str(error)
     if damaged:
+        # In the order of reading, so the first is last.ckpt's, if it is there.
         first = next(iter(damaged.values()))
         raise UserError(f"{first}; {option('--fresh')} starts the run again")
     return None, damaged
@@ -5204,6 +5274,7 @@ def run(
     device = pick_device()
     configs = [get_config(stage, length, data.is_demo, **overrides) for stage in stages]
     names = [cfg.exp_name for cfg in configs]
+    # Stages of one name would share a folder and a CSV.
     if len(set(names)) < len(names):
         raise UserError(f"run wants each stage once, under a name of its own: {', '.join(names)}")
     for cfg in configs:  # before a teacher is trained for the demo set
@@ -5300,6 +5371,7 @@ def write_result(run, evaluation):
         n_valid=run.n_valid,
         epochs=len(run.history),
         finished=run.finished,
+        # By their bytes too, for pictures may be replaced under the same names.
         images=fingerprint(images, evaluation.ids, evaluation.contents),
         csv=fingerprint(run.csv.read_text()),
     )
@@ -5567,6 +5639,7 @@ def tta_probabilities(student, eval_loader, whole_loader, scales=TTA_SCALES):
             for images in variants:
                 total = total + F.softmax(student(images).float(), 1)
                 total = total + F.softmax(student(images.flip(3)).float(), 1)
+            # Two answers to each variant, plain and mirrored: the mean (B, 11).
             parts.append(total.cpu() / (2 * len(variants)))
     return torch.cat(parts)
 
@@ -5579,6 +5652,7 @@ def predict(student, split, cfg, device="cpu", whole=None):
     """
     student = student.to(device)
     batch_size = 2 * cfg.batch_size
+    # Every process predicts all images, so none has to collect the others' parts.
     eval_loader = BatchLoader(split, cfg, device, batch_size=batch_size, shared=False)
     if whole is None:
         answers, _ = predict_logits(student, eval_loader)
@@ -5598,6 +5672,7 @@ def predict(student, split, cfg, device="cpu", whole=None):
 
 def write_submission(path, ids, classes):
     """Write the CSV Id,Category, a row an image in the given order, whole or not at all."""
+    # int, for a tensor would be written as "tensor(3)".
     rows = pd.DataFrame({"Id": list(ids), "Category": [int(k) for k in classes]})
     write_text(path, rows.to_csv(index=False))
 
@@ -5651,6 +5726,7 @@ def read_csv_rows(path):
         raise UserError(f"there is no file {path}")
     try:
         text = path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte-order mark
+        # A blank line further up stays: it is a row of no cells, which is refused.
         return list(csv.reader(text.rstrip().splitlines()))
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} is no text in UTF-8 with commas ({error})") from None
@@ -5893,6 +5969,7 @@ def new_diagram(title, height):
 
     height: in units. Five inches and letters of 11 points stay readable 300 pixels wide.
     """
+    # Two units an inch, and 0.3 inches for the title.
     figure, axes = new_figure(title, width=5, height=height / 2 + 0.3)
     ax = axes[0, 0]
     ax.set(xlim=(0, 10), ylim=(0, height), xticks=[], yticks=[])
@@ -6016,6 +6093,7 @@ def plot_inverted_residual(channels=32, expansion=3, kernel_size=3):
         layer = getattr(block, name)
         size = layer[0].kernel_size[0]
         count = sum(weight.numel() for weight in layer.parameters())
+        # Boxes are 0.9 wide and their centres 2.8 apart: the arrow fills the gap.
         draw_arrow(ax, (x - 0.95, 3.2), (x + 0.95, 3.2))
         ax.text(x, 0.9, f"{name}\n{size}x{size}\n{count:,}", ha="center", va="center", fontsize=11)
         parts.append(f"{name} {size}x{size}, {count:,} parameters")
@@ -6040,6 +6118,7 @@ def plot_alignment_diagram(cfg=None):
     ax.text(0.9, top + 0.3, "student", ha="center", fontsize=11)
     ax.text(9.1, top + 0.3, "teacher", ha="center", fontsize=11)
     for row, (layer, weight) in enumerate(layers.items()):
+        # Two units a layer, from the top down.
         y = top - 0.9 - 2 * row
         draw_box(ax, (0.9, y), layer, STUDENT_COLOR, width=1.6)
         draw_box(ax, (3.7, y), "pool,\n1x1 adapter", STAGE_STYLES["boss"][0], width=2.5)
@@ -6075,7 +6154,9 @@ def weights_by_epoch(cfg, epochs):
     """
     rows = []
     for epoch in epochs:
+        # Epochs count from 1 here, so this is the p of `set_progress`.
         kd, alpha, align = loss_weights(cfg, epoch / cfg.n_epochs)
+        # kd * [alpha T^2 KL + (1 - alpha) CE] + align * alignment, term by term.
         rows.append({"ce": kd * (1 - alpha), "kl": kd * alpha, "align": align})
     return pd.DataFrame(rows, index=pd.Index(epochs, name="epoch"))
 
@@ -6118,6 +6199,7 @@ def draw_picture(ax, image, title=""):
     """Draw a (3, H, W) uint8 or normalised float image, or a map (H, W) of any numbers."""
     if image.ndim == 3 and image.is_floating_point():
         mean, std = mean_and_std(torch.device("cpu"))
+        # Back to pixels of 0..255, which is what mean and deviation are in.
         image = (image.cpu() * std + mean).clamp(0, 255).byte()
     if image.ndim == 3:
         image = image.movedim(0, -1)  # (H, W, 3), as matplotlib wants it
@@ -6307,6 +6389,7 @@ def plot_attention(images, nets, layer, origin):
     # All are averaged down to the smallest, so that they can be compared place by place.
     side = min(net_maps.shape[-1] for net_maps in maps.values())
     for name in maps:
+        # (B, H, W) -> (B, side, side): torch takes B for channels of a single image.
         maps[name] = F.adaptive_avg_pool2d(maps[name], side)
 
     first_name = next(iter(nets))
@@ -6384,6 +6467,7 @@ def plot_history(runs, published=None):
 
 def plain_numbers(axis):
     """Label a logarithmic axis with 0.5 and 20, not with powers of ten, whose letters are small."""
+    # Labels at 1, 2 and 5 times each power of ten; minor ticks have none.
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
@@ -6402,6 +6486,7 @@ def draw_best(ax, run):
     scores = run.history["valid_acc"]
     if scores.empty:
         return
+    # The first of equal epochs, as in `best_so_far`.
     epoch = run.history["epoch"][scores.idxmax()]
     error = standard_error(run.valid_acc, run.n_valid)
     color = stage_style(run.name)["color"]
@@ -6430,6 +6515,7 @@ def plot_confusion(labels, classes, origin):
         color = "white"
         if fractions[i, j] > 0.5:  # where the colour map is bright
             color = "black"
+        # x is the column, the predicted class; y the row, the true one.
         ax.text(j, i, int(counts[i, j]), ha="center", va="center", fontsize=9, color=color)
     ax.set_xticks(range(NUM_CLASSES), CLASS_NAMES, rotation=45, ha="right", fontsize=9)
     ax.set_yticks(range(NUM_CLASSES), CLASS_NAMES, fontsize=9)
@@ -6470,6 +6556,7 @@ def plot_calibration(labels, logits, origin, bins=10):
     figure, axes = new_figure(f"calibration, validation: {origin}", 2, 1, 6, 5.5)
     upper, lower = axes[:, 0]
     upper.plot([0, 1], [0, 1], color="#BBBBBB", ls="--")
+    # The bars of all nets, side by side, fill 0.8 of a bin.
     width = 0.8 / bins / len(logits)
     for number, (name, net_logits) in enumerate(logits.items()):
         # Three Series, (filled bins,) each.
@@ -6484,6 +6571,7 @@ def plot_calibration(labels, logits, origin, bins=10):
         style = stage_style(name)
         points = (confidence[drawn], accuracy[drawn], bars)
         upper.errorbar(*points, label=f"{name}: ECE {error:.3f}", capsize=3, **style)
+        # n.index holds the numbers of the bins; a tenth of a bin stays free on either side.
         left = (n.index + 0.1) / bins + number * width
         lower.bar(left, n, width, align="edge", color=style["color"], edgecolor="black", lw=0.5)
     upper.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
@@ -6598,6 +6686,7 @@ def dwpw_arithmetic(in_channels=128, out_channels=256, kernel_size=3, size=14):
     """
     depthwise = in_channels * kernel_size**2
     pointwise = in_channels * out_channels
+    # pointwise is in * out already, so this is in * out * k^2.
     full = pointwise * kernel_size**2
     weights = {
         "full convolution": full,
@@ -6620,6 +6709,7 @@ def gradient_sizes(student_logits, labels, teacher_logits, temperatures):
     """
 
     def gradient_norm(alpha, temperature):
+        # A leaf of its own for each call, so that gradients do not add up.
         logits = student_logits.detach().float().requires_grad_()
         loss_fn_kd(logits, labels, teacher_logits, alpha, temperature).backward()
         # The loss is a mean over the batch, so the sum of these norms is the mean of a picture's.
@@ -6629,6 +6719,7 @@ def gradient_sizes(student_logits, labels, teacher_logits, temperatures):
     for temperature in temperatures:
         scaled_kl = gradient_norm(1.0, temperature)
         cross_entropy = gradient_norm(0.0, temperature)
+        # loss_fn_kd gives T^2 KL: divided by T^2 it is the gradient of KL alone.
         rows.append((scaled_kl / temperature**2, scaled_kl, cross_entropy))
     index = pd.Index(temperatures, name="temperature")
     return pd.DataFrame(rows, index=index, columns=["KL", "T^2 KL", "CE"])
@@ -6663,6 +6754,7 @@ def prune_unstructured(model, ratio):
         if isinstance(module, nn.Conv2d):
             prune.l1_unstructured(module, "weight", ratio)
             prune.remove(module, "weight")  # only torch's mask is removed: the zeros stay
+    # As nets are on every device (see `to_device`).
     return model.to(memory_format=torch.channels_last)
 
 
@@ -6678,12 +6770,14 @@ def prune_structured(model, ratio):
         if not isinstance(block, torchvision.models.resnet.BasicBlock):
             continue
         norms = block.conv1.weight.abs().sum((1, 2, 3))  # (inner channels,)
+        # At least one channel, for a convolution without any cannot run.
         n_kept = max(1, round((1 - ratio) * len(norms)))
         keep = norms.topk(n_kept).indices
         # What has an entry for each inner channel in its first dimension.
         by_channel = [block.conv1.weight, block.bn1.weight, block.bn1.bias]
         by_channel += [block.bn1.running_mean, block.bn1.running_var]
         for tensor in by_channel:
+            # Through .data: a parameter stays the same object while its shape changes.
             tensor.data = tensor.data[keep]
         # The second convolution reads the inner channels: (out, inner, 3, 3).
         block.conv2.weight.data = block.conv2.weight.data[:, keep]
@@ -6703,7 +6797,9 @@ def pruning_table(model, loader, ratios=(0.0, 0.2, 0.4, 0.6, 0.8)):
             net = prune_copy(model, ratio)
             start = time.perf_counter()
             score = evaluate(net, loader)
+            # `evaluate` has read its sums from the device, so nothing is still running there.
             seconds = time.perf_counter() - start
+            # Both kinds of pruning show here: fewer weights, or as many of which more are zero.
             weights = sum(int((p != 0).sum()) for p in net.parameters())
             row = {
                 "pruning ratio": ratio,
@@ -6713,6 +6809,7 @@ def pruning_table(model, loader, ratios=(0.0, 0.2, 0.4, 0.6, 0.8)):
                 "ms an image": 1000 * seconds / score["n"],
             }
             rows.append(row)
+    # The columns get two levels: what is measured, and the kind of pruning.
     return pd.DataFrame(rows).pivot(index="pruning ratio", columns="pruning").round(3)
 
 
@@ -6776,6 +6873,7 @@ def time_batches(cfg, loader, device, batches):
             waiting += ready - start
             training += done - ready
             n += len(labels)
+    # Seconds an image, times the images of an epoch.
     n_images = len(loader.dataset)
     return {
         "waiting for pictures": waiting * n_images / n,
@@ -6839,6 +6937,7 @@ def free_memory(device):
     driver counts it as taken.
     """
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    # The driver tells (free, total) in bytes.
     return torch.cuda.mem_get_info(device)[0] + unused
 
 
@@ -6895,6 +6994,7 @@ def out_of_memory_named(cfg):
 
     A GPU has its memory back when the error is raised.
     """
+    # Of Python, CUDA, torch's CPU allocator (Linux, Windows) and C++.
     wordings = "MemoryError|out of memory|allocate memory|enough memory|bad_alloc"
     # cuDNN's: no memory, and no algorithm that does with the memory that there is.
     wordings += "|ALLOC_FAILED|ALLOCATION_FAILED|unable to find an engine"
@@ -6938,6 +7038,7 @@ def is_first_on_node():
     """Whether this is the process that fills its machine's cache: of several on it, the first."""
     if rank_and_world()[1] == 1:
         return True
+    # torchrun's number of a process on its machine; the rank counts over all machines.
     return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
@@ -6967,6 +7068,7 @@ def from_first_process(value):
     """
     if rank_and_world()[1] == 1:
         return value
+    # A list, for torch replaces its entries by what it receives.
     handed = [value]
     torch.distributed.broadcast_object_list(handed, 0)
     return handed[0]
@@ -7013,6 +7115,7 @@ def process_group():
 
     Without torchrun do nothing.
     """
+    # torchrun sets it for the processes that it starts.
     if "TORCHELASTIC_RUN_ID" in os.environ:
         backend = "gloo"
         device = pick_device()
@@ -7038,6 +7141,7 @@ def gpus_of_notebook(device):
 
     Whoever asks for a GPU other than the first wants that one.
     """
+    # Without an index it is the current GPU, by default the first.
     is_first_gpu = device.type == "cuda" and device.index in (None, 0)
     if not in_notebook() or not is_first_gpu or rank_and_world()[1] > 1:
         return 1
@@ -7184,6 +7288,7 @@ def train_job(path):
     train_loader, valid_loader = build_loaders(cfg, data, device)
     folder.add_contents("training", train_loader.dataset)
     folder.add_contents("validation", valid_loader.dataset)
+    # Both sides have been through JSON, so lists and tuples do not differ.
     different = [key for key in wanted if folder.facts.get(key) != wanted[key]]
     if different:
         raise UserError(f"the notebook has another {some_of(different)}")
@@ -7199,12 +7304,14 @@ def watch(command, errors, n):
     threads = max(1, (os.cpu_count() or 1) // n)
     environment = {
         "OMP_NUM_THREADS": str(threads),
+        # What `texts_of` decodes, whatever the system's locale says.
         "PYTHONIOENCODING": "utf-8",
         # Their time limit counts from the session's start, not from theirs.
         "HW13_SESSION_START": str(SESSION_START),
         FOR_NOTEBOOK: "1",
     }
     redraw = None
+    # The process has the file open by itself, so it may be closed here at once.
     with open(errors, "wb") as stderr:
         process = subprocess.Popen(
             command,
@@ -7262,6 +7369,7 @@ def stop(process, patience=40):
 def why_it_ended(errors):
     """The line of a command's stderr that says why it ended."""
     lines = errors.read_text(encoding="utf-8", errors="replace").splitlines()
+    # `main` puts the program's name before its one line.
     ours = [line for line in lines if line.startswith("helpers.py: ")]
     if ours:
         return ours[0].removeprefix("helpers.py: ")
@@ -7369,6 +7477,7 @@ def session_start():
         uptime = float(Path("/proc/uptime").read_text().split()[0])
         # The 22nd field: ticks from the boot to the start. The second is a name in parentheses.
         fields = Path("/proc/1/stat").read_text().rpartition(")")[2].split()
+        # What follows the name begins with the third field, so the 22nd has index 19.
         age = uptime - int(fields[19]) / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError, AttributeError):
         return now
@@ -7385,6 +7494,7 @@ class RunDisplay:
         self.cfg = cfg
         self.history = history
         self.told = False
+        # The bar counts images, and begins where a restored run stopped.
         done = len(history) * n_images
         self.bar = progress_bar(cfg.n_epochs * n_images, cfg.exp_name, done)
 
@@ -7397,6 +7507,7 @@ class RunDisplay:
         means = sums.means()
         self.show(len(self.history) + 1, means["train_loss"], means["train_acc"])
         elapsed = self.bar.format_dict["elapsed"]
+        # By then the slow first steps no longer count for much.
         if elapsed > 20 and not self.told:
             self.tell_pace(elapsed)
 
@@ -7610,6 +7721,7 @@ def load_file(path):
         if could_not_be_read:  # not the file's fault
             raise
         why = "it is damaged or no torch file"
+        # torch's words for a pickle that names a class or function that is not allowed.
         if re.search("Unsupported (global|class)|GLOBAL", str(error)):
             why = "it holds more than tensors and plain values"
         raise UserError(f"{path} is not loaded: {why}") from None
@@ -7617,9 +7729,11 @@ def load_file(path):
 
 def numpy_number_classes():
     """What a numpy number in a checkpoint (an accuracy, often) is made of; none of it runs code."""
+    # numpy's own function that rebuilds a number; its module has moved in numpy 2.
     scalar = np.float64(0).__reduce__()[0]
     pieces = [np.dtype, scalar, (scalar, "numpy.core.multiarray.scalar")]  # numpy 1's name for it
     for number in ("float16", "float32", "float64", "int32", "int64", "bool"):
+        # Each dtype has a class of its own, as numpy.dtypes.Float64DType.
         pieces.append(type(np.dtype(number)))
     return pieces
 
@@ -7643,6 +7757,7 @@ def kind_of_file(path):
         return "it is a .safetensors file: save its state dict with torch.save"
     if head.startswith(b"\x89HDF"):
         return "it is an HDF5 file (Keras?), no torch checkpoint"
+    # gzip, bzip2, RAR and 7z. A zip is not among them: torch's own files are zips.
     if head.startswith((b"\x1f\x8b", b"BZh", b"Rar!", b"7z")):
         return "it is a packed archive: unpack it"
     is_torch_file = head.startswith((b"PK", b"\x80")) or b"\x80" in head[:32]  # zip, pickle, old
@@ -7701,6 +7816,7 @@ def plain_code(piece):
     except SyntaxError:  # a lambda in the middle of a statement
         return source
     for node in ast.walk(tree):
+        # The body of a lambda or of `a if b else c` is an expression and no list.
         body = getattr(node, "body", None)
         # A body needs a statement, so a docstring that stands alone is left.
         if isinstance(body, list) and len(body) > 1 and is_docstring(body[0]):
@@ -7865,6 +7981,7 @@ class Answers:
             self.own[name] = answer
             say("Yours is used below.")
             return answer
+        # An earlier right answer goes too, or stages would train with code that is no longer there.
         self.own.pop(name, None)
         say("Until it is right the reference stands in below.")
         return exercise.reference
@@ -7883,6 +8000,7 @@ class Answers:
 
     def guess(self, cfg, accuracy):
         """Keep a guess of a stage's validation accuracy, from 0 to 1; None is no guess."""
+        # An earlier guess goes even where the new one is refused below.
         self.guesses.pop(cfg.exp_name, None)
         if accuracy is None:
             say(
@@ -7906,6 +8024,7 @@ class Answers:
             say(f"{cfg.exp_name} trains with your {', '.join(own)}.")
         device = torch.device(device or pick_device())
         n = processes_for(cfg, stage_folder(cfg, data, self.out), device, fresh, own)
+        # fresh=True, for a run of other code is no error here; whether there is one is asked next.
         stage = prepare_stage(cfg, data, teacher, self.out, True, device, **own, processes=n)
         stage.folder.fresh = fresh or has_moved_on(stage)
         run = stage.train(n)
@@ -7988,7 +8107,9 @@ def export_exercises(folder=None):
     cells = []
     for cell in notebook.cells:
         cells += exercise_cells(cell)
+    # Below the title and above this module.
     cells.insert(1, new_markdown(EXERCISES_INTRODUCTION))
+    # In place of nbformat's random ids, which would change with every export.
     for number, cell in enumerate(cells):
         cell.id = f"cell-{number:03d}"
     notebook.cells = cells
@@ -8018,10 +8139,12 @@ def exercise_cells(cell):
 
 def learners_code(cell):
     """What a code cell without a mark becomes: an exercise, or itself with what a learner needs."""
+    # The cell is this one call and nothing else.
     shown = re.fullmatch(r"h\.show_source\(h\.(\w+)\)", cell.source.strip())
     if shown and exercise_that_shows(shown[1]):
         name = exercise_that_shows(shown[1])
         return code_exercise(name, *head_and_body(name, globals()[shown[1]]))
+    # Before the calls are renamed: the name of the stage's config, for `mine.guess`.
     trained = re.search(r"h\.(?:run_stage|prepare_stage)\((\w+),", cell.source)
     cell.source = with_own_calls(cell.source)
     if trained:
@@ -8044,6 +8167,7 @@ PREDICT = "**Predict.** Which validation accuracy will this stage reach?"
 
 def exercise_that_shows(name):
     """The exercise whose answer is the function of that name, or None."""
+    # The only shown function that is not called as its exercise.
     if name == plain_student.__name__:
         return "student"
     return name if name in EXERCISES else None
@@ -8057,6 +8181,7 @@ def with_place_for_answer(cell):
     # A stage of a solution is compared with those that were trained with the learner's answers.
     answer = with_own_calls(answer)
     place = new_markdown("**Your answer:** *double-click here and write.*")
+    # An exercise is answered with code, a question in words.
     if question.startswith("**Exercise"):
         place = new_code("# Your code.")
     return [new_markdown(question.strip()), place, new_markdown(fold + answer)]
@@ -8069,25 +8194,30 @@ def head_and_body(name, function):
     """
     source = inspect.getsource(function)
     lines = source.splitlines(keepends=True)
+    # The source is a single def, whose first statement is its docstring.
     docstring = ast.parse(source).body[0].body[0]
     head = "".join(lines[: docstring.end_lineno])
     head = head.replace(f"def {function.__name__}(", f"def my_{name}(", 1)
     body = "".join(lines[docstring.end_lineno :])
     for used in functions_and_classes_used_by(function):
         if used.__name__ not in EXERCISES:
+            # (?<![\w.]): not the end of a longer name, nor an attribute of something else.
             body = re.sub(rf"(?<![\w.]){used.__name__}\(", f"h.{used.__name__}(", body)
+    # The only constant in a function that is shown.
     return head, body.replace("NUM_CLASSES", "h.NUM_CLASSES")
 
 
 def code_exercise(name, head, body):
     """Write, check, and a folded solution, for one function."""
     take = f'mine.take("{name}", my_{name})'
+    # The cell that it replaces trains a student, so the loop is called at once.
     if name == "training_loop":
         # A student of its own for each try, so that a second one does not train the first on.
         student = "student = h.build_student(cfg).to(device)"
         train = "training_loop(student, train_loader, cfg)"
         check = f"{name} = {take}\n{student}\n{train}"
     elif EXERCISES[name].reference is None:
+        # Nothing stands in for it: the stages take the answer from `mine`.
         check = f"_ = {take}"
     else:
         check = f"{name} = {take}"
@@ -8103,6 +8233,7 @@ def views_exercise():
     """Write, check, and a folded solution, for the settings of Boss's training views."""
     start = ["my_views = {"]
     solution = ["my_views = {"]
+    # The exercise starts from the course's sample transform.
     plain = Config()
     for setting_name, transform in VIEW_SETTINGS.items():
         start.append(f'    "{setting_name}": {getattr(plain, setting_name)},  # TODO: {transform}')
@@ -8127,6 +8258,7 @@ def folded_solution(code):
 
 
 def new_markdown(text):
+    # Imported where it is used, by the exports alone.
     import nbformat
 
     return nbformat.v4.new_markdown_cell(text)
@@ -8155,6 +8287,7 @@ def export_notebook(folder=None):
     """
     folder = Path(folder or Path(__file__).parent)
     notebook = one_file_notebook(folder)
+    # The marks are for `export_exercises`.
     for cell in notebook.cells:
         cell.metadata.pop("exercise", None)
     return write_notebook(notebook, folder / KAGGLE_NOTEBOOK)
@@ -8169,9 +8302,11 @@ def one_file_notebook(folder):
         if cell.cell_type == "code":
             cell.outputs = []
             cell.execution_count = None
+    # This magic writes the cell to a file, from which the next cells import it.
     text = "%%writefile helpers.py\n" + Path(__file__).read_text(encoding="utf-8")
     # Folded in Jupyter and on Kaggle.
     hidden = {"jupyter": {"source_hidden": True}, "_kg_hide-input": True}
+    # Below the title. Its id is fixed, for a random one would change with every export.
     notebook.cells.insert(1, nbformat.v4.new_code_cell(text, id="helpers", metadata=hidden))
     return notebook
 
@@ -8231,6 +8366,7 @@ def user_path(text):
 def add_run(commands):
     run_parser = add_command(commands, "run", run_command, "train stages and write their CSVs")
     run_parser.epilog = describe_config_keys()
+    # It keeps the epilog's line ends.
     run_parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = run_parser.add_argument
     add(
@@ -8261,6 +8397,7 @@ def add_run(commands):
         metavar="KEY=VALUE",
         help="change a config key, listed below",
     )
+    # Without a default, so that one which is not given can depend on HW13_FAST.
     add("--length", choices=list(LENGTHS), help="how many of each stage's epochs (default: full)")
     add(
         "--final",
@@ -8307,14 +8444,17 @@ def add_train(commands):
 
 
 def run_command(args):
+    # Of a key that is given twice the last value counts.
     settings = dict(parse_setting(text) for text in args.set)
     stages = [stage.strip() for stage in args.stages.split(",")]
     length = args.length or chosen_length()
+    # For its errors alone: a mistyped stage or value is told before any data is read.
     for stage in stages:
         get_config(stage, length, **settings)
     if args.demo and args.data:
         raise UserError("--demo draws its own data: leave out --data")
     with process_group():
+        # Inside the group, so that one process of a machine draws and the others wait for it.
         data = make_demo_data() if args.demo else find_data(args.data)
         if data is None:
             raise UserError(
@@ -8337,6 +8477,7 @@ def run_command(args):
 
 
 def evaluate_command(args):
+    # The other splits may be missing, or not usable.
     data = read_folder(args.data, needed=("validation",))
     device = pick_device()
     student, cfg = load_student(args.checkpoint, device)
@@ -8350,6 +8491,7 @@ def evaluate_command(args):
     say(data.account())
     split = load_data(data, "validation", "eval", cfg.image_size)
     score = evaluate(student, BatchLoader(split, cfg, device, batch_size=256))
+    # NaN has an argmax too, so an accuracy would not show it.
     if not math.isfinite(score["valid_loss"]):
         raise UserError(f"{args.checkpoint} cannot be scored: its answers are not finite")
     n = score["n"]
@@ -8361,11 +8503,13 @@ def predict_command(args):
     out = Path(args.out)
     if not out.name or out.is_dir():
         raise UserError(f"--out {args.out} is a folder: name a CSV file")
+    # Before the work: a place that cannot be written is told at once.
     check_writable(out.parent)
     data = read_folder(args.data, needed=("evaluation",))
     device = pick_device()
     student, cfg = load_student(args.checkpoint, device)
     say_if_unfinished(args.checkpoint, cfg)
+    # A teacher's checkpoint can be loaded as well, but is above the limit.
     check_budget(student)
     say(data.account())
     write_predictions(student, data, cfg, out, device, args.tta)
@@ -8405,12 +8549,14 @@ def main(argv=None):
         sys.stdout.reconfigure(errors="backslashreplace")
     args = None
     try:
+        # Inside the try, for mistakes in the arguments are UserErrors too.
         args = build_parser().parse_args(argv)
         args.function(args)
         return 0
     except (UserError, OSError, UnicodeError, MemoryError, torch.OutOfMemoryError) as error:
         # A MemoryError says nothing.
         text = str(error) or "out of memory: choose a smaller batch_size or image_size"
+        # In one line, whatever line ends the text has.
         line = readable(" ".join(text.split()))
         print(f"helpers.py: {line}", file=sys.stderr, flush=True)
         if rank_and_world()[1] > 1:
