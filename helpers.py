@@ -52,6 +52,7 @@ import textwrap
 import time
 import traceback
 import types
+import urllib.parse
 import warnings
 from collections import Counter, OrderedDict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -3206,7 +3207,8 @@ def kd_terms(student_logits, labels, teacher_logits, temperature):
 # A check asks an answer and its reference the same made-up questions. Where they differ it asks
 # wrong versions too, which a table of mistakes describes: {hint: what is changed in the right
 # version}. The mistake that gives what the answer gives is named; two at once are tried last.
-# What is asked is on the device that trains, for an answer may be right on one and fail on another.
+# Made-up tensors are on the device that trains, for an answer may be right on one and fail on
+# another; a net is asked where it lies.
 
 
 class WrongAnswer(Exception):
@@ -5725,9 +5727,11 @@ def read_csv_rows(path):
     if not path.is_file():
         raise UserError(f"there is no file {path}")
     try:
-        text = path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte-order mark
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # spreadsheets write a mark first
         # A blank line further up stays: it is a row of no cells, which is refused.
-        return list(csv.reader(text.rstrip().splitlines()))
+        while lines and not lines[-1].strip():
+            lines.pop()
+        return list(csv.reader(lines))
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} is no text in UTF-8 with commas ({error})") from None
 
@@ -5839,7 +5843,8 @@ def download_link(path):
 
     # A relative link, for the browser sees the notebook server's folders.
     place = os.path.relpath(path)
-    return HTML(f'<a href="{place}" download>Download {place}</a>')
+    link = urllib.parse.quote(Path(place).as_posix())
+    return HTML(f'<a href="{link}" download>Download {html.escape(place)}</a>')
 
 
 # ==================================================================================================
@@ -6080,7 +6085,7 @@ def plot_inverted_residual(channels=32, expansion=3, kernel_size=3):
     wide = channels * expansion
     figure, ax = new_diagram("an inverted residual", 6.4)
     color = STAGE_STYLES["strong"][0]
-    # As high as there are channels.
+    # The wide maps are drawn higher, whatever the expansion, so that both fit.
     for x, width, height in (
         (0.8, channels, 1),
         (3.6, wide, 3),
@@ -6156,6 +6161,8 @@ def weights_by_epoch(cfg, epochs):
     for epoch in epochs:
         # Epochs count from 1 here, so this is the p of `set_progress`.
         kd, alpha, align = loss_weights(cfg, epoch / cfg.n_epochs)
+        if not cfg.needs_teacher:  # labels alone
+            kd, alpha, align = LossWeights(kd=1.0, alpha=0.0, align=0.0)
         # kd * [alpha T^2 KL + (1 - alpha) CE] + align * alignment, term by term.
         rows.append({"ce": kd * (1 - alpha), "kl": kd * alpha, "align": align})
     return pd.DataFrame(rows, index=pd.Index(epochs, name="epoch"))
@@ -7389,8 +7396,8 @@ def say(text):
     """
     if is_first_process():
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-        printable = readable(text).encode(encoding, "backslashreplace").decode(encoding)
-        print(printable, flush=True)
+        shown = readable(text).encode(encoding, "backslashreplace").decode(encoding)
+        print(shown, flush=True)
 
 
 # What a notebook has in the place of a flag of the command line.
@@ -8199,12 +8206,13 @@ def head_and_body(name, function):
     head = "".join(lines[: docstring.end_lineno])
     head = head.replace(f"def {function.__name__}(", f"def my_{name}(", 1)
     body = "".join(lines[docstring.end_lineno :])
-    for used in functions_and_classes_used_by(function):
-        if used.__name__ not in EXERCISES:
+    names = [used.__name__ for used in functions_and_classes_used_by(function)]
+    names += [text.split(" = ")[0] for text in plain_values_used_by(function)]
+    for name in names:
+        if name not in EXERCISES:
             # (?<![\w.]): not the end of a longer name, nor an attribute of something else.
-            body = re.sub(rf"(?<![\w.]){used.__name__}\(", f"h.{used.__name__}(", body)
-    # The only constant in a function that is shown.
-    return head, body.replace("NUM_CLASSES", "h.NUM_CLASSES")
+            body = re.sub(rf"(?<![\w.]){name}\b", f"h.{name}", body)
+    return head, body
 
 
 def code_exercise(name, head, body):
@@ -8332,7 +8340,7 @@ def build_parser():
         prog="helpers.py",
         description="Distil a ResNet-18 into at most 60,000 parameters on Food-11.",
     )
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    commands = parser.add_subparsers(dest="command", required=True)
     add_run(commands)
     add_evaluate(commands)
     add_predict(commands)

@@ -38,6 +38,8 @@ def test_written_csv_is_valid_and_as_the_homework_wants(tmp_path):
         ("Id,Category\n0000,1\n0001,1.0\n", "row 3 is '0001,1.0'"),
         ("Id,Category\n0000,1\n0001,\u0663\n", r"row 3 is '0001,\\u0663'"),
         ("Id,Category\n0000,1\n0001,\n", "row 3 is '0001,'"),
+        ("Id,Category\n0000,1 \n0001,1\n", "row 2 is '0000,1 '"),
+        ("Id,Category\n0000,1\n0001,1 \n", "row 3 is '0001,1 '"),
         (",Id,Category\n0,0000,1\n", "row 1: the header"),
         ("Id,Category\n0000,1,2\n0001,1\n", "row 2 is '0000,1,2'"),
     ],
@@ -56,7 +58,7 @@ def test_validate_names_the_first_wrong_row(tmp_path, text, message):
         "\ufeffId,Category\n0000,1\n0001,10\n",  # Excel
         "Id,Category\r\n0000,1\r\n0001,10\r\n",
         '"Id","Category"\n"0000","1"\n"0001","10"\n',
-        "Id,Category\n0000,1\n0001,10\n\n\n",
+        "Id,Category\n0000,1\n0001,10\n\n \n",
         "Id,Category\n0000,1\n0001,10",
     ],
 )
@@ -72,6 +74,13 @@ def test_another_order_is_valid_and_said(tmp_path, capsys):
     path.write_text("Id,Category\n0001,1\n0000,1\n")
     assert h.validate_submission(path, 2) == 2
     assert "another order than the files, which Kaggle ignores" in capsys.readouterr().out
+
+
+def test_the_download_link_leads_to_any_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    link = h.download_link(tmp_path / 'my "50 %" #1/a.csv').data
+    assert 'href="my%20%2250%20%25%22%20%231/a.csv"' in link
+    assert "Download my &quot;50 %&quot; #1/a.csv" in link
 
 
 def test_no_rows_is_nothing_to_check(tmp_path):
