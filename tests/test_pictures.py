@@ -140,6 +140,7 @@ def test_the_picture_of_a_loss_of_labels_alone_has_one_term(food, tiny):
     run.history["align"] = float("nan")
     lines = h.plot_loss_terms(run).axes[0].lines
     assert [line.get_label() for line in lines] == ["CE"]
+    assert set(lines[0].get_ydata()) == {1.0}
 
 
 def a_figure():
