@@ -3694,34 +3694,15 @@ DWPW_MISTAKES = {
 def dwpw_variant(in_channels, out_channels, kernel_size=3, stride=2, padding=1, **changes):
     """dwpw_conv with some of RIGHT_DWPW changed."""
     choices = choices_of(RIGHT_DWPW, changes)
-    if choices.always_kernel is not None:
-        kernel_size = choices.always_kernel
+    kernel_size = choices.always_kernel or kernel_size
+    stride = choices.always_stride or stride
     if choices.always_padding is not None:
         padding = choices.always_padding
-    if choices.always_stride is not None:
-        stride = choices.always_stride
-    # The depthwise convolution keeps the number of channels.
-    width = out_channels if choices.pointwise_first else in_channels
-    depthwise = nn.Conv2d(
-        width,
-        width,
-        kernel_size,
-        stride=1 if choices.stride_on == "pointwise" else stride,
-        padding=padding,
-        groups=choices.groups or width,
-        bias=choices.bias,
-    )
-    pointwise = nn.Conv2d(
-        in_channels,
-        out_channels,
-        1 if choices.pointwise_is_1x1 else kernel_size,
-        stride=1 if choices.stride_on == "depthwise" else stride,
-        padding=padding if choices.pointwise_pads else 0,
-        # The most groups that divide both widths.
-        groups=math.gcd(in_channels, out_channels) if choices.pointwise_groups else 1,
-        bias=choices.bias,
-    )
-    convolutions = [depthwise, pointwise]
+    window = (kernel_size, stride, padding)
+    convolutions = [
+        depthwise_variant(in_channels, out_channels, *window, choices),
+        pointwise_variant(in_channels, out_channels, *window, choices),
+    ]
     if choices.pointwise_first:
         convolutions.reverse()
     block = nn.Sequential()
@@ -3729,6 +3710,31 @@ def dwpw_variant(in_channels, out_channels, kernel_size=3, stride=2, padding=1, 
         block.append(convolution)
         block.extend(norm_and_activation(convolution.out_channels, number, choices))
     return block
+
+
+def depthwise_variant(in_channels, out_channels, kernel_size, stride, padding, choices):
+    """The convolution that sees space, as the choices have it."""
+    if choices.stride_on == "pointwise":
+        stride = 1
+    # It keeps the number of channels.
+    width = out_channels if choices.pointwise_first else in_channels
+    groups = choices.groups or width
+    return nn.Conv2d(width, width, kernel_size, stride, padding, groups=groups, bias=choices.bias)
+
+
+def pointwise_variant(in_channels, out_channels, kernel_size, stride, padding, choices):
+    """The convolution that mixes channels, as the choices have it."""
+    if choices.stride_on == "depthwise":
+        stride = 1
+    if choices.pointwise_is_1x1:
+        kernel_size = 1
+    if not choices.pointwise_pads:
+        padding = 0
+    # The most groups that divide both widths.
+    groups = math.gcd(in_channels, out_channels) if choices.pointwise_groups else 1
+    return nn.Conv2d(
+        in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=choices.bias
+    )
 
 
 def norm_and_activation(channels, number, choices):
