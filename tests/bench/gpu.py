@@ -217,6 +217,40 @@ def validation(args):
     return f"fp32 {fp32:.3f}, autocast {mixed:.3f} ms an image"
 
 
+def bench(args, script, *options):
+    """Run another benchmark on the same data, its results beside ours; RuntimeError if it fails.
+
+    It is cut off with the call, subprocess.TimeoutExpired.
+    """
+    command = [sys.executable, str(BENCH / script), *options]
+    command += ["--data", str(args.data.root), "--out", str(args.out)]
+    left = args.end - time.time()
+    result = subprocess.run(command, capture_output=True, text=True, timeout=left, check=False)
+    if result.returncode != 0:
+        raise RuntimeError(next(iter(result.stderr.strip().splitlines()[-1:]), "no word"))
+
+
+def speed(args):
+    """speed.py: seconds an epoch, the share of arithmetic, times against the homework's loop."""
+    bench(args, "speed.py", "--size", str(args.size), "--batch", str(args.batch))
+    newest = max(args.out.glob("speed-*.csv"), key=os.path.getmtime)
+    figures = pd.read_csv(newest, index_col="figure")["value"]
+    epoch = figures["seconds an image: ours"] * h.HOMEWORK_COUNTS["training"]
+    parts = [f"{epoch:.2f} s an epoch of 9,993 images"]
+    for name, value in figures.filter(like="ratio: ").items():
+        parts.append(f"{name.removeprefix('ratio: ')} {value:.2f}")
+    return ", ".join(parts)
+
+
+def peers(args):
+    """peers.py: images a second of each side whose package is here."""
+    bench(args, "peers.py", "--sizes", str(args.size), "--turns", "2")
+    newest = max(args.out.glob("peers-*.csv"), key=os.path.getmtime)
+    rows = pd.read_csv(newest)
+    medians = rows.groupby("side")["images_per_second"].median()
+    return ", ".join(f"{side} {value:,.0f}" for side, value in medians.items()) + " images/s"
+
+
 # --- part 3: the long recipes ---------------------------------------------------------------------
 
 RECIPES = ("beyond_handover", "boss", "published_boss", "beyond")
@@ -263,7 +297,11 @@ def plan():
     )
     for row, prediction, change in candidates:
         rows.append((row, prediction, functools.partial(per_step, change=change)))
-    rows.append(("validation", "under autocast half of the time of fp32", validation))
+    rows += [
+        ("validation", "under autocast half of the time of fp32", validation),
+        ("speed.py", "T4 6 to 10 s an epoch, H100 0.5 to 1 s; 5 to 20 times the old way", speed),
+        ("peers.py", "ours ahead of the tuned loop by 1.5 to 4 times: its cores decode", peers),
+    ]
     for name in RECIPES:
         rows.append((f"recipe {name}", "see RESULTS.md", functools.partial(recipe, name=name)))
     return rows
