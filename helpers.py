@@ -6370,10 +6370,12 @@ def plot_photograph_results():
     ax = axes[0, 0]
     places = range(len(frame))
     # Side by side, so that neither bar hides the other.
-    for split, mark, shift in (("validation", "s", -0.12), ("evaluation", "o", 0.12)):
+    for split, label, mark, shift in (
+        ("validation", "validation, best epoch", "s", -0.12),
+        ("evaluation", "evaluation", "o", 0.12),
+    ):
         errors = standard_error(frame[split], PHOTOGRAPHS_SCORED)
         heights = [place + shift for place in places]
-        label = {"validation": "validation, best epoch", "evaluation": "evaluation"}[split]
         ax.errorbar(frame[split], heights, xerr=errors, fmt=mark, capsize=3, label=label)
     ax.set_yticks(places, frame.index)
     ax.set_xlabel("accuracy, +- one standard error")

@@ -218,12 +218,12 @@ def validation(args):
 
 
 def bench(args, script, *options):
-    """Run another benchmark on the same data, its results beside ours; RuntimeError if it fails.
+    """Run another benchmark on the same data; RuntimeError if it fails.
 
     It is cut off with the call, subprocess.TimeoutExpired.
     """
-    command = [sys.executable, str(BENCH / script), *options]
-    command += ["--data", str(args.data.root), "--out", str(args.out)]
+    command = [sys.executable, str(BENCH / script), *map(str, options)]
+    command += ["--data", str(args.data.root)]
     left = args.end - time.time()
     result = subprocess.run(command, capture_output=True, text=True, timeout=left, check=False)
     if result.returncode != 0:
@@ -232,7 +232,7 @@ def bench(args, script, *options):
 
 def speed(args):
     """speed.py: seconds an epoch, the share of arithmetic, times against the homework's loop."""
-    bench(args, "speed.py", "--size", str(args.size), "--batch", str(args.batch))
+    bench(args, "speed.py", "--size", args.size, "--batch", args.batch, "--out", args.out)
     newest = max(args.out.glob("speed-*.csv"), key=os.path.getmtime)
     figures = pd.read_csv(newest, index_col="figure")["value"]
     epoch = figures["seconds an image: ours"] * h.HOMEWORK_COUNTS["training"]
@@ -244,7 +244,7 @@ def speed(args):
 
 def peers(args):
     """peers.py: images a second of each side whose package is here."""
-    bench(args, "peers.py", "--sizes", str(args.size), "--turns", "2")
+    bench(args, "peers.py", "--sizes", args.size, "--turns", 2, "--out", args.out)
     newest = max(args.out.glob("peers-*.csv"), key=os.path.getmtime)
     rows = pd.read_csv(newest)
     medians = rows.groupby("side")["images_per_second"].median()
@@ -258,14 +258,10 @@ RECIPES = ("beyond_handover", "boss", "published_boss", "beyond")
 
 def recipe(args, name):
     """A long recipe at this size; it may take several calls, so it is no row until it ends."""
-    command = [sys.executable, str(BENCH / "recipes.py"), name]
-    command += ["--data", str(args.data.root), "--results", str(args.out), "--amp", "auto"]
-    command += ["--size", str(args.size), "--teacher-size", str(args.size)]
-    command += ["--epochs", str(args.epochs), "--scored", "once", "--work", str(args.out / "work")]
-    left = args.end - time.time()
-    result = subprocess.run(command, capture_output=True, text=True, timeout=left, check=False)
-    if result.returncode != 0:
-        return f"failed: {result.stderr.strip().splitlines()[-1:]}"
+    options = ["--size", args.size, "--teacher-size", args.size, "--epochs", args.epochs]
+    options += ["--scored", "once", "--amp", "auto"]
+    options += ["--results", args.out, "--work", args.out / "work"]
+    bench(args, "recipes.py", name, *options)
     row = pd.read_csv(args.out / "recipes.csv").iloc[-1]
     return f"accuracy {row['accuracy']:.4f}, with six views {row['six_views']:.4f}"
 
