@@ -165,14 +165,26 @@ def test_pooled_features_teach_the_student_and_an_adapter_but_not_the_teacher(te
     assert r.relational_distance(torch.randn(6, 512), features) > 1e-3
 
 
-def test_early_alignment_ends_at_half_of_the_training(teacher):
-    cfg = r.BEYOND_HANDOVER
-    loss_fn = r.EarlyAlignment(cfg, h.build_student(cfg), teacher)
-    loss_fn.set_progress(0.5)
-    assert loss_fn.weights.align == 1.0
-    loss_fn.set_progress(0.51)
-    assert loss_fn.weights.align == 0.0
-    assert loss_fn.weights.kd > 0
+def test_early_alignment_is_alignment_in_the_first_half_and_needs_no_teacher_in_the_second(teacher):
+    aligned = r.BEYOND_HANDOVER
+    cfg = r.RECIPES["handover_early"].cfg
+    net = r.own_net(cfg, teacher)
+    early = r.EarlyAlignment(cfg, net, teacher)
+    whole = h.DistillLoss(aligned, net, teacher)
+    images = torch.randn(4, 3, 64, 64)
+    labels = torch.arange(4)
+    for loss_fn in (early, whole):
+        loss_fn.set_progress(0.5)
+    assert torch.equal(early(images, labels).loss, whole(images, labels).loss)
+
+    # In the second half stored logits are taken as they are, and no layer is compared.
+    for loss_fn in (early, whole):
+        loss_fn.set_progress(0.6)
+    stored = torch.randn(4, 11)
+    out = early(images, labels, stored)
+    assert torch.equal(out.teacher_logits, stored)
+    assert "align" not in out.terms
+    assert not torch.equal(whole(images, labels, stored).teacher_logits, stored)
 
 
 def test_changed_views_are_each_pictures_own_and_the_same_again_in_the_same_epoch(teacher):

@@ -471,12 +471,23 @@ class ProjectorLoss(h.DistillLoss):
 
 
 class EarlyAlignment(h.DistillLoss):
-    """DistillLoss whose layers are aligned in the first half of the training only."""
+    """DistillLoss whose layers are aligned in the first half of the training only.
+
+    The config itself aligns nothing, so the teacher's logits may be stored: in the second half,
+    where no feature map is asked for, they stand in for the teacher.
+    """
+
+    early_layers = h.STAGES["boss"].aligned_layers
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.adapters = h.build_adapters(self.cfg, self.student, self.teacher, self.early_layers)
 
     def set_progress(self, progress):
         super().set_progress(progress)
-        if progress > 0.5:
-            self.weights = self.weights._replace(align=0.0)
+        self.layers = {}
+        if progress <= 0.5:
+            self.layers = self.early_layers
 
 
 class PooledLoss(h.DistillLoss):
@@ -767,7 +778,7 @@ RECIPES = {
     "beyond_t2": beyond(temperature=2.0),
     "beyond_t8": beyond(temperature=8.0),
     "beyond_handover": Recipe(BEYOND_HANDOVER, replay=False),
-    "handover_early": Recipe(BEYOND_HANDOVER, loss=EarlyAlignment, replay=False),
+    "handover_early": Recipe(replace(BEYOND, loss_schedule="handover"), loss=EarlyAlignment),
     "handover_mix": Recipe(BEYOND_HANDOVER, loss=mixed_views, replay=False),
     "handover_cut": Recipe(BEYOND_HANDOVER, loss=cut_views, replay=False),
     "handover_full": Recipe(BEYOND_HANDOVER, Spec(FULL, act="hswish").build, replay=False),
