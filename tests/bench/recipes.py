@@ -779,6 +779,7 @@ RECIPES = {
     "beyond_t8": beyond(temperature=8.0),
     "beyond_handover": Recipe(BEYOND_HANDOVER, replay=False),
     "handover_early": Recipe(replace(BEYOND, loss_schedule="handover"), loss=EarlyAlignment),
+    "beyond_early": Recipe(BEYOND, loss=EarlyAlignment),
     "handover_mix": Recipe(BEYOND_HANDOVER, loss=mixed_views, replay=False),
     "handover_cut": Recipe(BEYOND_HANDOVER, loss=cut_views, replay=False),
     "handover_full": Recipe(BEYOND_HANDOVER, Spec(FULL, act="hswish").build, replay=False),
