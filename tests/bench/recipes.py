@@ -716,7 +716,8 @@ PUBLISHED_BOSS = replace(
     strides=(1, 2, 2, 2),
 )
 BEYOND = replace(h.STAGES["beyond"], teacher_views=0)  # a call says how many
-BEYOND_HANDOVER = replace(BEYOND, align_weights=(3.0, 2.0, 1.0), loss_schedule="handover")
+BEYOND_SCHEDULED = replace(BEYOND, loss_schedule="handover")
+BEYOND_HANDOVER = replace(BEYOND_SCHEDULED, align_weights=(3.0, 2.0, 1.0))
 LAYERS = ((24, 2, 2), (32, 3, 2), (48, 2, 1))  # the stages' own
 FULL = ((24, 2, 2), (36, 3, 2), (50, 2, 1))  # 59,731 parameters
 NARROW = ((24, 2, 2), (32, 3, 2), (40, 2, 1))  # what a kernel of 5 leaves room for
@@ -778,7 +779,9 @@ RECIPES = {
     "beyond_t2": beyond(temperature=2.0),
     "beyond_t8": beyond(temperature=8.0),
     "beyond_handover": Recipe(BEYOND_HANDOVER, replay=False),
-    "handover_early": Recipe(replace(BEYOND, loss_schedule="handover"), loss=EarlyAlignment),
+    "handover_early": Recipe(BEYOND_SCHEDULED, loss=EarlyAlignment),
+    "handover_bare": Recipe(BEYOND_SCHEDULED),
+    "handover_bare_dist": Recipe(BEYOND_SCHEDULED, kd=dist_kd),
     "beyond_early": Recipe(BEYOND, loss=EarlyAlignment),
     "handover_mix": Recipe(BEYOND_HANDOVER, loss=mixed_views, replay=False),
     "handover_cut": Recipe(BEYOND_HANDOVER, loss=cut_views, replay=False),
