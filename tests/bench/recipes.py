@@ -1033,7 +1033,8 @@ def predict_all(names, args, data, teacher, device):
 
     With --six-views they are predicted from test-time variants of each picture.
     """
-    nets = {"teacher": teacher}
+    six = "_six" if args.six_views else ""
+    nets = {f"teacher{six}": teacher}
     for name in names:
         recipe = RECIPES[name]
         for seed in args.seeds:
@@ -1052,11 +1053,16 @@ def predict_all(names, args, data, teacher, device):
 
 
 def csv_name(name, args, seed):
-    """What an evaluation CSV is called: recipe, epochs if not 30, seed if not 1, six views."""
+    """What an evaluation CSV is called.
+
+    The recipe, epochs if not 30, seed if not 1, whether it was trained on half, six views.
+    """
     if args.epochs != 30:
         name = f"{name}_{args.epochs}"
     if seed != 1:
         name = f"{name}_seed{seed}"
+    if args.scored == "half":
+        name = f"{name}_half"
     if args.six_views:
         name = f"{name}_six"
     return name
