@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,8 @@ def _clean_environment(monkeypatch, tmp_path_factory):
     """
     for name in ("HW13_DATA", "HW13_KAGGLE"):
         monkeypatch.delenv(name, raising=False)
+    # On a pretended Kaggle the session would else be as old as this machine, and its time be up.
+    monkeypatch.setenv("HW13_SESSION_START", str(time.time()))
     base = tmp_path_factory.getbasetemp()
     monkeypatch.setenv("HW13_KAGGLE", str(base / "no_kaggle"))
     cache = base / "cache"

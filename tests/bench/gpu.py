@@ -230,11 +230,16 @@ def bench(args, script, *options):
         raise RuntimeError(next(iter(result.stderr.strip().splitlines()[-1:]), "no word"))
 
 
+def newest_rows(args, pattern):
+    """What the benchmark that just ended wrote: the newest CSV of a pattern, as a DataFrame."""
+    path = max(args.out.glob(pattern), key=os.path.getmtime)
+    return pd.read_csv(path)
+
+
 def speed(args):
     """speed.py: seconds an epoch, the share of arithmetic, times against the homework's loop."""
     bench(args, "speed.py", "--size", args.size, "--batch", args.batch, "--out", args.out)
-    newest = max(args.out.glob("speed-*.csv"), key=os.path.getmtime)
-    figures = pd.read_csv(newest, index_col="figure")["value"]
+    figures = newest_rows(args, "speed-*.csv").set_index("figure")["value"]
     epoch = figures["seconds an image: ours"] * h.HOMEWORK_COUNTS["training"]
     parts = [f"{epoch:.2f} s an epoch of 9,993 images"]
     for name, value in figures.filter(like="ratio: ").items():
@@ -245,8 +250,7 @@ def speed(args):
 def peers(args):
     """peers.py: images a second of each side whose package is here."""
     bench(args, "peers.py", "--sizes", args.size, "--turns", 2, "--out", args.out)
-    newest = max(args.out.glob("peers-*.csv"), key=os.path.getmtime)
-    rows = pd.read_csv(newest)
+    rows = newest_rows(args, "peers-*.csv")
     medians = rows.groupby("side")["images_per_second"].median()
     return ", ".join(f"{side} {value:,.0f}" for side, value in medians.items()) + " images/s"
 

@@ -717,7 +717,7 @@ PUBLISHED_BOSS = replace(
 )
 BEYOND = replace(h.STAGES["beyond"], teacher_views=0)  # a call says how many
 BEYOND_SCHEDULED = replace(BEYOND, loss_schedule="handover")
-BEYOND_HANDOVER = replace(BEYOND_SCHEDULED, align_weights=(3.0, 2.0, 1.0))
+BEYOND_HANDOVER = replace(BEYOND_SCHEDULED, align_weights=h.STAGES["boss"].align_weights)
 LAYERS = ((24, 2, 2), (32, 3, 2), (48, 2, 1))  # the stages' own
 FULL = ((24, 2, 2), (36, 3, 2), (50, 2, 1))  # 59,731 parameters
 NARROW = ((24, 2, 2), (32, 3, 2), (40, 2, 1))  # what a kernel of 5 leaves room for
@@ -1031,10 +1031,9 @@ def load_ring_teacher(args, data, device):
 def predict_all(names, args, data, teacher, device):
     """CSVs of the evaluation images for trained recipes and the teacher, named by csv_name.
 
-    With --six-views they are predicted from test-time variants of each picture.
+    With --six-views they are predicted from test-time variants of each picture, and say so.
     """
-    six = "_six" if args.six_views else ""
-    nets = {f"teacher{six}": teacher}
+    nets = {"teacher": teacher}
     for name in names:
         recipe = RECIPES[name]
         for seed in args.seeds:
@@ -1045,26 +1044,23 @@ def predict_all(names, args, data, teacher, device):
     cfg = h.Config(image_size=args.size)
     split = h.load_data(data, "evaluation", "eval", args.size)
     whole = None
+    suffix = ""
     if args.six_views:
         whole = h.load_data(data, "evaluation", "whole", args.size)
+        suffix = "_six"
     for name, net in nets.items():
         classes = h.predict(net, split, cfg, device, whole)
-        h.write_submission(args.predict / f"{name}.csv", split.ids, classes)
+        h.write_submission(args.predict / f"{name}{suffix}.csv", split.ids, classes)
 
 
 def csv_name(name, args, seed):
-    """What an evaluation CSV is called.
-
-    The recipe, epochs if not 30, seed if not 1, whether it was trained on half, six views.
-    """
+    """What a student's evaluation CSV is called: recipe, epochs if not 30, seed if not 1, half."""
     if args.epochs != 30:
         name = f"{name}_{args.epochs}"
     if seed != 1:
         name = f"{name}_seed{seed}"
     if args.scored == "half":
         name = f"{name}_half"
-    if args.six_views:
-        name = f"{name}_six"
     return name
 
 
