@@ -243,7 +243,7 @@ def test_a_stage_gets_the_answers_that_it_has_a_use_for(tmp_path, capsys):
         "medium": {"loss_fn_kd"},
         "strong": {"student", "loss_fn_kd"},
         "boss": {"student", "loss_fn_kd", "loss_weights", "alignment"},
-        "beyond": {"student", "loss_fn_kd"},
+        "beyond": {"student", "loss_fn_kd", "loss_weights"},
     }
     for stage, names in wanted.items():
         assert mine.own_for(h.STAGES[stage]).keys() == names

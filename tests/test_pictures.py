@@ -143,6 +143,19 @@ def test_the_picture_of_a_loss_of_labels_alone_has_one_term(food, tiny):
     assert set(lines[0].get_ydata()) == {1.0}
 
 
+def test_a_run_whose_time_ended_before_its_first_epoch_has_no_terms_to_show(
+    food, tiny, monkeypatch, capsys
+):
+    run = a_run(food, "x", None)
+    run.cfg = h.get_config("boss", **tiny)
+    run.history = run.history.iloc[:0]
+    with pytest.raises(h.UserError, match="0 of 2 epochs.: no epoch yet"):
+        h.plot_loss_terms(run)
+    monkeypatch.delenv("HW13_STRICT")
+    assert h.plot_loss_terms(run) is None
+    assert "Not shown, and the run goes on: boss (unfinished" in capsys.readouterr().out
+
+
 def a_figure():
     return h.plot_lines(pd.DataFrame({"a": [1, 2]}, [0, 1]), "two <lines>\nof text", "y")
 

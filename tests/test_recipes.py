@@ -166,7 +166,7 @@ def test_pooled_features_teach_the_student_and_an_adapter_but_not_the_teacher(te
 
 
 def test_early_alignment_is_alignment_in_the_first_half_and_needs_no_teacher_in_the_second(teacher):
-    aligned = r.BEYOND_HANDOVER
+    aligned = r.ALIGNED_HANDOVER
     cfg = r.RECIPES["handover_early"].cfg
     net = r.own_net(cfg, teacher)
     early = r.EarlyAlignment(cfg, net, teacher)

@@ -37,6 +37,13 @@ def test_published_values_of_the_stages():
     assert boss.align_weights == (3, 2, 1)
     assert boss.loss_schedule == "handover"
 
+    # The last stage keeps the schedule and the net of Boss, and leaves out the alignment.
+    beyond = h.STAGES["beyond"]
+    assert beyond.loss_schedule == "handover"
+    assert not beyond.aligns
+    assert beyond.replays
+    assert beyond.widths == boss.widths
+
     # All but the first stage learn from a teacher.
     assert [cfg.needs_teacher for cfg in h.STAGES.values()] == [False, True, True, True, True]
 
@@ -325,4 +332,5 @@ def test_the_reason_of_an_error_is_one_short_line():
     worker = RuntimeError("Caught in worker 0.\nOriginal Traceback (...):\n  File\nOSError: full\n")
     assert h.reason(worker) == "OSError: full"
     assert h.reason(KeyError()) == "KeyError:"
+    assert h.reason(h.UserError("it is a sentence")) == "it is a sentence"
     assert len(h.reason(ValueError("word " * 100))) <= 200

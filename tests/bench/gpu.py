@@ -257,13 +257,13 @@ def peers(args):
 
 # --- part 3: the long recipes ---------------------------------------------------------------------
 
-RECIPES = ("beyond_handover", "boss", "published_boss", "beyond")
+RECIPES = ("handover_early", "handover_bare", "boss", "published_boss")
 
 
 def recipe(args, name):
     """A long recipe at this size; it may take several calls, so it is no row until it ends."""
     options = ["--size", args.size, "--teacher-size", args.size, "--epochs", args.epochs]
-    options += ["--scored", "once", "--amp", "auto"]
+    options += ["--scored", "once", "--views", 50, "--amp", "auto"]
     options += ["--results", args.out, "--work", args.out / "work"]
     bench(args, "recipes.py", name, *options)
     row = pd.read_csv(args.out / "recipes.csv").iloc[-1]

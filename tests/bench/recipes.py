@@ -715,9 +715,11 @@ PUBLISHED_BOSS = replace(
     depths=(1, 1, 1, 1),
     strides=(1, 2, 2, 2),
 )
-BEYOND = replace(h.STAGES["beyond"], teacher_views=0)  # a call says how many
-BEYOND_SCHEDULED = replace(BEYOND, loss_schedule="handover")
-BEYOND_HANDOVER = replace(BEYOND_SCHEDULED, align_weights=h.STAGES["boss"].align_weights)
+# The last stage, but that a call says how many views are stored. Its rows are called handover_bare;
+# beyond is what the stage was until 2026-11-26.
+HANDOVER = replace(h.STAGES["beyond"], teacher_views=0)
+BEYOND = replace(HANDOVER, loss_schedule="constant")
+ALIGNED_HANDOVER = replace(HANDOVER, align_weights=h.STAGES["boss"].align_weights)
 LAYERS = ((24, 2, 2), (32, 3, 2), (48, 2, 1))  # the stages' own
 FULL = ((24, 2, 2), (36, 3, 2), (50, 2, 1))  # 59,731 parameters
 NARROW = ((24, 2, 2), (32, 3, 2), (40, 2, 1))  # what a kernel of 5 leaves room for
@@ -736,7 +738,7 @@ def taught(**settings):
 
 
 def beyond(**settings):
-    """The last stage with other settings."""
+    """The last stage as it was, with other settings."""
     return Recipe(replace(BEYOND, **settings))
 
 
@@ -750,7 +752,7 @@ RECIPES = {
     # the stages
     "strong": Recipe(h.STAGES["strong"]),
     "boss": Recipe(h.STAGES["boss"], replay=False),
-    "beyond": Recipe(BEYOND),
+    "handover_bare": Recipe(HANDOVER),
     # nets under one recipe
     "a_dwpw": Recipe(replace(TEACH, student="dwpw")),
     "a_ir_strided": arch(((24, 2, 2), (32, 3, 2), (48, 2, 2))),
@@ -772,20 +774,21 @@ RECIPES = {
     # recipes on one net
     "r_t2": taught(temperature=2.0),
     "r_lr8": taught(lr=8e-3),
-    # the last stage with one thing changed (for another loss also its temperature; the branches
-    # belong to beyond_k5)
+    # the last stage with one thing changed
+    "handover_early": Recipe(HANDOVER, loss=EarlyAlignment),
+    "handover_bare_dist": Recipe(HANDOVER, kd=dist_kd),
+    "beyond_handover": Recipe(ALIGNED_HANDOVER, replay=False),
+    "handover_mix": Recipe(ALIGNED_HANDOVER, loss=mixed_views, replay=False),
+    "handover_cut": Recipe(ALIGNED_HANDOVER, loss=cut_views, replay=False),
+    "handover_full": Recipe(ALIGNED_HANDOVER, Spec(FULL, act="hswish").build, replay=False),
+    # the last stage as it was, and that with one thing changed (for another loss also its
+    # temperature; the branches belong to beyond_k5)
+    "beyond": Recipe(BEYOND),
     "beyond_pure": beyond(alpha=1.0),
     "beyond_labels": beyond(alpha=0.1),
     "beyond_t2": beyond(temperature=2.0),
     "beyond_t8": beyond(temperature=8.0),
-    "beyond_handover": Recipe(BEYOND_HANDOVER, replay=False),
-    "handover_early": Recipe(BEYOND_SCHEDULED, loss=EarlyAlignment),
-    "handover_bare": Recipe(BEYOND_SCHEDULED),
-    "handover_bare_dist": Recipe(BEYOND_SCHEDULED, kd=dist_kd),
     "beyond_early": Recipe(BEYOND, loss=EarlyAlignment),
-    "handover_mix": Recipe(BEYOND_HANDOVER, loss=mixed_views, replay=False),
-    "handover_cut": Recipe(BEYOND_HANDOVER, loss=cut_views, replay=False),
-    "handover_full": Recipe(BEYOND_HANDOVER, Spec(FULL, act="hswish").build, replay=False),
     "beyond_cut": Recipe(BEYOND, loss=cut_views, replay=False),
     "beyond_full": Recipe(BEYOND, Spec(FULL, act="hswish").build),
     "beyond_pooled": Recipe(BEYOND, loss=pooled_features, replay=False),
