@@ -7,6 +7,7 @@ import re
 import shutil
 
 import nbformat
+import pandas as pd
 import pytest
 from conftest import ROOT
 from refresh_notebook import execute
@@ -121,6 +122,18 @@ def test_the_contents_link_to_every_section():
     for cell in COMMITTED.cells:
         headings += re.findall(r"^## (.*)$", cell.source, re.MULTILINE)
     assert links == [heading.replace(" ", "-") for heading in headings]
+
+
+def test_what_section_8_says_of_training_halves_are_the_rows_of_the_ring():
+    rows = pd.read_csv(ROOT / "tests/bench/results/recipes.csv").query("scored == 'half'")
+    recipes = ("boss", "beyond", "beyond_early", "handover_bare", "handover_early")
+    text = "\n".join(cell.source for cell in sections(COMMITTED)[8])
+    table = re.findall(r"^\| .*0\.\d{3}.*\|$", text, re.MULTILINE)
+    assert len(table) == len(recipes)
+    for recipe, line in zip(recipes, table, strict=True):
+        mine = rows[rows["recipe"] == recipe].sort_values(["epochs", "seed"])
+        said = [float(number) for number in re.findall(r"0\.\d{3}", line)]
+        assert said == list(mine["accuracy"].round(3)), recipe
 
 
 def test_shown_code_is_never_a_copy():

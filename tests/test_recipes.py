@@ -145,6 +145,13 @@ def test_choosing_never_sees_the_validation_split_and_its_halves_stay_the_same(f
     assert held_out <= set(more.ids["validation"])
 
 
+def test_stored_rows_that_chose_no_epoch_are_of_the_last_one():
+    rows = pd.read_csv(r.RESULTS / "recipes.csv")
+    unchosen = rows[rows["scored"] != "best"]
+    assert len(unchosen) > 10
+    assert (unchosen["accuracy"] == unchosen["last_accuracy"]).all()
+
+
 def test_pooled_features_teach_the_student_and_an_adapter_but_not_the_teacher(teacher):
     cfg = r.BEYOND
     images = torch.randn(4, 3, 64, 64)
