@@ -42,6 +42,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import signal
 import stat
@@ -52,6 +53,7 @@ import textwrap
 import time
 import traceback
 import types
+import unicodedata
 import urllib.parse
 import warnings
 from collections import Counter, OrderedDict, namedtuple
@@ -165,9 +167,17 @@ def default_out():
     return Path("submission")
 
 
+def user_path(text):
+    """A path as its user wrote it, with ~ for the home folder, which not every shell puts in.
+
+    ~name of an unknown user stays as it is; Path.expanduser would raise a RuntimeError.
+    """
+    return os.path.expanduser(text)
+
+
 def results_folder(out=None):
     """The Path of a results folder as its user wrote it (~ is the home folder), or the default."""
-    return Path(out or default_out()).expanduser()
+    return Path(user_path(out or default_out()))
 
 
 @contextlib.contextmanager
@@ -789,7 +799,7 @@ def data_root(root, needed=SPLITS):
 
     A folder of pictures will do where one split is needed. Raises UserError where there is none.
     """
-    root = Path(root).expanduser()
+    root = Path(user_path(root))
     if is_archive(root):
         raise UserError(f"{root} is an archive: unpack it and name the folder that comes out")
     if not root.is_dir():
@@ -1142,6 +1152,11 @@ def is_picture(path):
         return True
 
 
+# Unicode's categories of signs that have no place in a CSV: control characters, ends of lines and
+# paragraphs, and what is no character.
+NO_TEXT = {"Cc", "Zl", "Zp", "Cs"}
+
+
 def check_evaluation_files(files, ignored):
     """UserError where the row of an evaluation image would be lost, or its id is no text."""
     lost = [path for path, why in ignored.items() if why in (BROKEN_LINK, NOT_A_FILE)]
@@ -1152,7 +1167,7 @@ def check_evaluation_files(files, ignored):
             "for each needs its row"
         )
     for path in files:
-        if not path.name.isprintable():
+        if any(unicodedata.category(sign) in NO_TEXT for sign in path.name):
             raise UserError(f"{ascii(str(path))} has a name that is no text: rename it")
 
 
@@ -1438,6 +1453,10 @@ def open_image(path):
                 high_bytes = np.asarray(image) >> 8
                 image = Image.fromarray(high_bytes.clip(0, 255).astype(np.uint8))
             return ImageOps.exif_transpose(image).convert("RGB")
+    except MemoryError:
+        raise UserError(
+            f"{path} cannot be decoded, for the memory is full: end other programs and run again"
+        ) from None
     # PIL raises OSError, SyntaxError, struct.error, DecompressionBombError, ...
     except Exception as error:
         kind = type(error).__name__
@@ -1552,7 +1571,7 @@ def cache_root():
     """
     named = os.environ.get("HW13_CACHE")
     if named:
-        root = Path(named).expanduser()
+        root = Path(user_path(named))
         mode = 0o777
     else:
         root = Path(tempfile.gettempdir()) / f"hw13_cache_{user_id()}"
@@ -1698,7 +1717,8 @@ def fill_cache(path, files, split, transform, side):
             image = open_image(files[i])
         except UserError as error:
             # An error of the system is not the picture's fault: it cannot be read now.
-            if getattr(error.__context__, "errno", None):
+            cause = error.__context__
+            if isinstance(cause, MemoryError) or getattr(cause, "errno", None):
                 raise
             failures[i] = str(error)
         else:
@@ -1796,7 +1816,7 @@ def leave_out(failures, cached):
     """
     n = len(cached.states)
     places = sorted(failures)
-    if len(failures) > max(1, MAX_BAD_FRACTION * n):
+    if len(failures) > max(1, MAX_BAD_FRACTION * n) or len(failures) == n:
         reasons = "; ".join(failures[i] for i in places[:5])
         raise UserError(f"cannot use {len(failures)} of {n} images: {reasons}")
     for i in places:
@@ -2525,18 +2545,19 @@ def get_student_model():
     return build_student(last_stage)
 
 
-def check_budget(model, limit=PARAM_LIMIT):
+def check_budget(model, limit=PARAM_LIMIT, image_size=64):
     """The number of parameters of `model`, counted the strict way; UserError above `limit`.
 
     Strict is the larger of two counts. All parameters once, trained or frozen: that catches a bare
     nn.Parameter. Each module's own parameters once for each call: that catches a module called
     twice, which the course's tool counts twice. A stage is checked when it is prepared, and again
     before its student predicts. A block that stands alone, dwpw_conv(64, 128), is counted too.
+
+    image_size: the count does not depend on it, but a net may take images of one size alone.
     """
     # parameters() yields a tensor that two modules share once.
     once = sum(p.numel() for p in model.parameters())
-    # Any size will do, for the count does not depend on it; a small one is fast.
-    at_each_call = sum(own for _, _, own in trace_calls(model, 64))
+    at_each_call = sum(own for _, _, own in trace_calls(model, image_size))
     count = max(once, at_each_call)
     if count > limit:
         raise UserError(
@@ -2571,8 +2592,7 @@ def trace_calls(model, image_size):
         # The children's parameters are counted at the children's own calls.
         own = sum(p.numel() for p in module.parameters(recurse=False))
         if own:
-            # The shape without the batch.
-            calls.append((names.get(module, "(hidden)"), tuple(output.shape[1:]), own))
+            calls.append((names.get(module, "(hidden)"), shape_without_batch(output), own))
 
     with (
         evaluation_mode(model) as device,
@@ -2591,6 +2611,18 @@ def trace_calls(model, image_size):
             calls.clear()
             model(torch.zeros(1, channels, image_size, image_size, device=device))
     return calls
+
+
+def shape_without_batch(output):
+    """The shape of what a module gives for one image; of several outputs the first's.
+
+    () where it is no tensor, as a dict.
+    """
+    if isinstance(output, (tuple, list)) and output:  # as attention and recurrent layers answer
+        return shape_without_batch(output[0])
+    if isinstance(output, torch.Tensor):
+        return tuple(output.shape[1:])
+    return ()
 
 
 def first_channels(model):
@@ -2667,12 +2699,14 @@ def state_dicts_in(saved):
     The file itself comes first, under the name "". What is no tensor is left out.
     """
     found = []
+    seen = set()  # a dict in a file may hold itself
     # A queue: outer dicts are looked at before those inside them.
     waiting = [("", saved)]
     while waiting:
         name, value = waiting.pop(0)
-        if not isinstance(value, dict):
+        if not isinstance(value, dict) or id(value) in seen:
             continue
+        seen.add(id(value))
         tensors = {}
         for key, entry in value.items():
             if isinstance(entry, torch.Tensor):
@@ -3838,7 +3872,7 @@ def check_student(answer, image_size=64, limit=PARAM_LIMIT):
         student = seen_of(lambda build: copy.deepcopy(build_own(build)), answer)
         # As a net is built: it must run, then fit the limit, then learn. The first fault is told.
         seen_of(lambda net: check_logits(net, image_size), student)
-        count = seen_of(lambda net: check_budget(net, limit), student)
+        count = seen_of(lambda net: check_budget(net, limit, image_size), student)
         seen_of(lambda net: check_gradients(net, image_size), student)
     except WrongAnswer as why:
         return say_not_yet(why)
@@ -4694,9 +4728,29 @@ DATA_FACTS = {
 
 
 def layers_fingerprint(model):
-    """A hash of a net's layers and their settings, whatever their weights."""
-    # A module's repr tells its settings (stride, padding, ...), which a state dict does not.
-    return fingerprint([(name, repr(module)) for name, module in model.named_modules()])
+    """A hash of a net's layers and their settings, whatever their weights.
+
+    The modules' repr would tell them too, but versions of torch differ in it, and a run goes on
+    under another one.
+    """
+    layers = []
+    for name, module in model.named_modules():
+        shapes = [(key, tuple(p.shape)) for key, p in module.named_parameters(recurse=False)]
+        layers.append((name, type(module).__name__, plain_settings(module), shapes))
+    return fingerprint(layers)
+
+
+def plain_settings(module):
+    """{name: text} of the numbers, texts and tuples among a module's attributes: its settings.
+
+    Private ones are torch's own, and `training` says what is done with the net just now.
+    """
+    settings = {}
+    for key, value in vars(module).items():
+        is_plain = isinstance(value, (bool, int, float, str, tuple))
+        if is_plain and not key.startswith("_") and key != "training":
+            settings[key] = repr(value)
+    return settings
 
 
 def module_code_fingerprint(model):
@@ -4849,7 +4903,7 @@ class RunFolder:
             if state.history:  # an untrained net is no result
                 save_checkpoint(state.best, self.path / BEST)
             log = pd.DataFrame(state.history, columns=HISTORY_COLUMNS)
-            write_text(self.path / "log.csv", log.to_csv(index=False))
+            write_text(self.path / "log.csv", log.to_csv(index=False, lineterminator="\n"))
             # last.ckpt at the end: killed before it, the run goes on from the save before.
             if last or not (self.path / LAST).is_file():
                 saved = {"facts": json.dumps(self.facts), **state.state_dict()}
@@ -4875,21 +4929,14 @@ class RunFolder:
         An earlier session's output, attached as an input, is found so. A run with other settings is
         ignored with a message.
         """
-        # With the folder in between ("demo/simple"), so that a demo run looks for demo runs.
-        name = Path(self.cfg.exp_name)
-        if self.path.is_relative_to(default_out()):
-            name = self.path.relative_to(default_out())
-        for path in attached_files(LAST):
-            # match compares from the right, so whatever input it lies in does not count.
-            if not path.match(f"{name}/{LAST}"):
-                continue
+        for folder in attached_folders(self.path, self.cfg):
             try:
-                saved, _ = read_run(path.parent)
-                self._refuse_other_settings(saved, path.parent)
+                saved, _ = read_run(folder)
+                self._refuse_other_settings(saved, folder)
             except UserError as error:
                 say(f"ignored: {error}")
                 continue
-            yield saved, path.parent
+            yield saved, folder
 
     def _refuse_other_settings(self, saved, place):
         """UserError naming the facts in which a saved run differs from this one.
@@ -4921,6 +4968,16 @@ class RunFolder:
                 f"{place} holds a run with other settings: {', '.join(different)}; "
                 f"{option('--fresh')} starts it again"
             )
+
+
+def attached_folders(path, cfg):
+    """The folders in Kaggle's inputs with a run of the stage whose own folder is `path`."""
+    # With the folder in between ("demo/simple"), so that a demo run looks for demo runs.
+    name = Path(cfg.exp_name)
+    if path.is_relative_to(default_out()):
+        name = path.relative_to(default_out())
+    # match compares from the right, so whatever input it lies in does not count.
+    return [found.parent for found in attached_files(LAST) if found.match(f"{name}/{LAST}")]
 
 
 def check_folders(configs, data, out=None):
@@ -5062,7 +5119,7 @@ def load_student(path, device="cpu"):
     if not path.is_file():
         raise UserError(f"there is no file {path}")
     try:
-        facts = json.loads(path.with_name("config.json").read_text())
+        facts = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))
         cfg = Config(**facts["config"])
         student = build_student(cfg)
         # A net of a learner's own has a config too, but not the layers that the config builds.
@@ -5178,7 +5235,7 @@ class Stage:
             folder=path,
             origin=self.data.origin,
             history=pd.DataFrame(history, columns=HISTORY_COLUMNS),
-            n_params=check_budget(self.student),
+            n_params=check_budget(self.student, image_size=self.cfg.image_size),
             macs=count_macs(self.student, self.cfg.image_size),
             correct=logits.argmax(1) == labels,
             # Beside the folder; a stage's name has no dot that with_suffix could take for one.
@@ -5225,7 +5282,7 @@ def prepare_stage(
     teacher, or a folder with a run of other settings (unless fresh).
     """
     student = own_student(cfg, student)
-    check_budget(student)
+    check_budget(student, image_size=cfg.image_size)
     if not cfg.needs_teacher:
         for name, own in (("loss_fn_kd", loss_fn_kd), ("loss_weights", loss_weights)):
             if own is not None:
@@ -5300,7 +5357,7 @@ def run(
     if len(set(names)) < len(names):
         raise UserError(f"run wants each stage once, under a name of its own: {', '.join(names)}")
     for cfg in configs:  # before a teacher is trained for the demo set
-        check_budget(build_student(cfg))
+        check_budget(build_student(cfg), image_size=cfg.image_size)
     if is_first_process():
         check_writable(out)
     check_processes_agree(
@@ -5395,7 +5452,7 @@ def write_result(run, evaluation):
         finished=run.finished,
         # By their bytes too, for pictures may be replaced under the same names.
         images=fingerprint(images, evaluation.ids, evaluation.contents),
-        csv=fingerprint(run.csv.read_text()),
+        csv=text_fingerprint(run.csv),
     )
     write_text(run.folder / RESULT, json.dumps(result._asdict(), indent=1) + "\n")
 
@@ -5403,7 +5460,7 @@ def write_result(run, evaluation):
 def read_result(folder):
     """The Result in a stage's folder; None where none is there or it is damaged."""
     try:
-        result = Result(**json.loads((folder / RESULT).read_text()))
+        result = Result(**json.loads((folder / RESULT).read_text(encoding="utf-8")))
         # float raises where it is no number, so that such a file counts as damaged.
         return result._replace(valid_acc=float(result.valid_acc))
     except (OSError, ValueError, TypeError):
@@ -5438,7 +5495,7 @@ def better_result_beside(best):
         why_not = None
         if own is None or result.images != own.images:
             why_not = "its images were others"
-        elif not csv_path.is_file() or fingerprint(csv_path.read_text()) != result.csv:
+        elif not csv_path.is_file() or text_fingerprint(csv_path) != result.csv:
             why_not = f"{csv_path} is not what it wrote"
         if why_not:
             say(f"{result.name} is not compared with {best.name}: {why_not}; run it again")
@@ -5696,7 +5753,7 @@ def write_submission(path, ids, classes):
     """Write the CSV Id,Category, a row an image in the given order, whole or not at all."""
     # int, for a tensor would be written as "tensor(3)".
     rows = pd.DataFrame({"Id": list(ids), "Category": [int(k) for k in classes]})
-    write_text(path, rows.to_csv(index=False))
+    write_text(path, rows.to_csv(index=False, lineterminator="\n"))
 
 
 # Wanted ids are written out in memory, so a mistyped number must not ask for billions.
@@ -5852,7 +5909,7 @@ def copy_submission(csv_path, data, out, why):
         name = "submission_demo.csv"
     path = results_folder(out) / name
     if is_first_process():
-        write_text(path, csv_path.read_text())
+        write_text(path, csv_path.read_text(encoding="utf-8"))
     say(f"{path} is {csv_path}: {why}")
     return path
 
@@ -7184,7 +7241,8 @@ def processes_for(cfg, folder, device, fresh, own):
     """How many processes train a stage: one a GPU of a notebook's machine. What is special is said.
 
     One alone where own code is handed in, which another process could not import from a notebook,
-    and where the folder's run began so: its batches would be cut in other parts.
+    and where the run began so that the folder, or an attached one, holds: its batches would be cut
+    in other parts.
     """
     n = gpus_of_notebook(device)
     if n == 1:
@@ -7197,9 +7255,7 @@ def processes_for(cfg, folder, device, fresh, own):
         return 1
     if fresh:
         return n
-    saved = None
-    with contextlib.suppress(UserError):  # a damaged run is named later
-        saved, _ = read_run(folder)
+    saved = longest_run([folder, *attached_folders(folder, cfg)], cfg)
     if saved is None:
         return n
     if is_finished(saved["history"], cfg):  # there is nothing to train
@@ -7208,6 +7264,20 @@ def processes_for(cfg, folder, device, fresh, own):
         say(f"{cfg.exp_name}: one of {n} GPUs trains, for the run began on one")
         return 1
     return n
+
+
+def longest_run(folders, cfg):
+    """The checkpoint in these folders with most epochs under `cfg`'s settings, or None.
+
+    Of two alike the first counts.
+    """
+    runs = []
+    for folder in folders:
+        with contextlib.suppress(UserError):  # a damaged run is named later
+            saved, _ = read_run(folder)
+            if saved is not None and not different_settings(saved, cfg):
+                runs.append(saved)
+    return max(runs, key=lambda saved: len(saved["history"]), default=None)
 
 
 def train_in_processes(stage, n):
@@ -7307,7 +7377,7 @@ def train_job(path):
     Raises UserError where this is not what the notebook has, by the run's facts: a patched module,
     a teacher that is no ResNet.
     """
-    job = json.loads(Path(path).read_text())
+    job = json.loads(Path(path).read_text(encoding="utf-8"))
     wanted = job["facts"]
     device = pick_device()
     teacher = None
@@ -7626,7 +7696,8 @@ def written_whole(path, keep_as=None):
     """
     path = Path(path)
     # In the same folder, for a rename replaces a file at once only within one file system.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # A name of its own: processes of two containers may have one number.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_old_temporaries(path)
@@ -7709,8 +7780,11 @@ def check_writable(folder):
     """
     folder = Path(folder)
     there = folder.absolute()
-    while not there.exists():
+    # The root of a drive that is not there is its own parent.
+    while not there.exists() and there != there.parent:
         there = there.parent
+    if not there.exists():
+        raise UserError(f"{folder} cannot be written to: there is no {there}")
     if not there.is_dir():
         raise UserError(f"{folder} cannot be written to: {there} is a file")
     if not os.access(there, os.W_OK):
@@ -7720,7 +7794,8 @@ def check_writable(folder):
 def write_text(path, text):
     """Write a text file whole or not at all."""
     with written_whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        # newline: lines end alike on every system, and those of a CSV as its writer ended them.
+        temporary.write_text(text, encoding="utf-8", newline="")
 
 
 def save_checkpoint(obj, path, keep_as=None):
@@ -7739,7 +7814,7 @@ def load_file(path):
 
     Raises UserError for a missing, damaged or unsafe file, saying what it is instead.
     """
-    path = Path(path).expanduser()
+    path = Path(user_path(path))
     if not path.is_file():
         raise UserError(f"there is no file {path}")
     kind = kind_of_file(path)
@@ -7809,6 +7884,11 @@ def fingerprint(*parts):
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
+def text_fingerprint(path):
+    """A short hash of a text file's content, be it text or not."""
+    return fingerprint(Path(path).read_text(encoding="utf-8", errors="replace"))
+
+
 def code_fingerprint(*pieces):
     """A short hash of functions' and classes' code, and of what it refers to by name.
 
@@ -7841,7 +7921,10 @@ def plain_code(piece):
     """The code of a function or class without comments, docstrings and layout."""
     try:
         source = textwrap.dedent(inspect.getsource(piece))
-    except (OSError, TypeError):  # typed into a console, or built by exec: its bytecode
+    except (OSError, TypeError):
+        if hasattr(piece, "_fields"):  # a namedtuple
+            return f"{piece.__name__} {piece._fields} {piece._field_defaults}"
+        # Typed into a console, or built by exec: its bytecode.
         return " ".join(bytecode(code) for code in code_objects(piece))
     try:
         tree = ast.parse(source)
@@ -7870,7 +7953,10 @@ def is_docstring(statement):
 
 
 def functions_of(piece):
-    """A function itself, or the functions that a class defines, static and class methods too."""
+    """A function itself, or the functions that a class defines, static and class methods too.
+
+    Of a namedtuple none that Python makes for it: each version has others.
+    """
     if inspect.isfunction(piece):
         return [piece]
     if inspect.ismethod(piece):
@@ -7879,9 +7965,15 @@ def functions_of(piece):
     for value in vars(piece).values():
         if isinstance(value, (staticmethod, classmethod)):
             value = value.__func__
-        if inspect.isfunction(value):
+        if inspect.isfunction(value) and not made_for_namedtuple(value):
             functions.append(value)
     return functions
+
+
+def made_for_namedtuple(function):
+    """Whether a function is one of those that Python adds to a namedtuple."""
+    # __module__ is None where the code was run without a name.
+    return str(function.__module__).startswith(("collections", "namedtuple_"))
 
 
 def code_objects(piece):
@@ -8391,11 +8483,6 @@ def describe_config_keys():
     return "\n".join(lines)
 
 
-def user_path(text):
-    """A path of the command line, ~ for the home folder, which not every shell puts in."""
-    return os.path.expanduser(text)
-
-
 def add_run(commands):
     run_parser = add_command(commands, "run", run_command, "train stages and write their CSVs")
     run_parser.epilog = describe_config_keys()
@@ -8515,7 +8602,7 @@ def evaluate_command(args):
     device = pick_device()
     student, cfg = load_student(args.checkpoint, device)
     say_if_unfinished(args.checkpoint, cfg)
-    facts = json.loads(Path(args.checkpoint).with_name("config.json").read_text())
+    facts = json.loads(Path(args.checkpoint).with_name("config.json").read_text(encoding="utf-8"))
     if facts.get("final"):
         raise UserError(
             f"{args.checkpoint} was trained on the validation images too: "
@@ -8543,7 +8630,7 @@ def predict_command(args):
     student, cfg = load_student(args.checkpoint, device)
     say_if_unfinished(args.checkpoint, cfg)
     # A teacher's checkpoint can be loaded as well, but is above the limit.
-    check_budget(student)
+    check_budget(student, image_size=cfg.image_size)
     say(data.account())
     write_predictions(student, data, cfg, out, device, args.tta)
     print(f"{args.out}: {len(data.ids['evaluation'])} rows, {data.origin}")

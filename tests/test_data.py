@@ -284,6 +284,14 @@ def test_many_damaged_training_images_are_an_error(food):
         h.load_data(h.find_data(food), "training", "whole", 40)
 
 
+def test_a_split_without_an_image_that_can_be_decoded_is_an_error(tmp_path):
+    for split in h.SPLITS:
+        save_picture(tmp_path / split / "0_0.jpg", 1)
+    (tmp_path / "validation/0_0.jpg").write_bytes(b"no picture")
+    with pytest.raises(h.UserError, match="cannot use 1 of 1 images: .*0_0.jpg"):
+        h.load_data(h.read_folder(tmp_path), "validation", "eval", 40)
+
+
 def test_a_damaged_evaluation_image_never_loses_its_row(food, capsys):
     whole = (food / "evaluation/0001.jpg").read_bytes()
     (food / "evaluation/0001.jpg").write_bytes(whole[: int(len(whole) * 0.8)])

@@ -183,17 +183,26 @@ def test_another_student_of_the_same_settings_is_refused(food, tmp_path, monkeyp
         train(food, tmp_path / "run", n_epochs=1)
 
 
-def test_a_picture_that_cannot_be_read_now_stops_and_is_not_remembered_as_broken(food, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (OSError(5, "Input/output error"), "Input/output error"),
+        (MemoryError(), "the memory is full"),
+    ],
+)
+def test_a_picture_that_cannot_be_read_now_stops_and_is_not_remembered_as_broken(
+    food, monkeypatch, error, why
+):
     original = h.Image.open
 
     def flaky(path, **options):
         if str(path).endswith("3_1.jpg"):
-            raise OSError(5, "Input/output error")
+            raise error
         return original(path, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(h.Image, "open", flaky)
-        with pytest.raises(h.UserError, match="3_1.jpg cannot be decoded.*Input/output error"):
+        with pytest.raises(h.UserError, match=f"3_1.jpg cannot be decoded.*{why}"):
             h.load_data(h.find_data(food), "training", "whole", 72)
     assert len(h.load_data(h.find_data(food), "training", "whole", 72)) == 22
 
@@ -677,6 +686,20 @@ def test_an_earlier_session_with_other_settings_is_ignored_and_said(kaggle, caps
     out = capsys.readouterr().out
     assert "ignored: " in out
     assert "lr 0.5 (now 0.001)" in out
+    assert len(run.history) == 4
+
+
+def test_an_earlier_session_on_one_gpu_is_gone_on_from_on_one(kaggle, monkeypatch, capsys):
+    data = h.find_data()
+    simple_stage(data, n_epochs=2)
+    end_session(kaggle, kaggle / "input/first")
+    monkeypatch.setattr(h, "gpus_of_notebook", lambda device: 2)
+    monkeypatch.setattr(h, "train_in_processes", None)  # it is not asked
+    capsys.readouterr()
+    run = simple_stage(data)
+    out = capsys.readouterr().out
+    assert "one of 2 GPUs trains, for the run began on one" in out
+    assert "goes on after epoch 2 from" in out
     assert len(run.history) == 4
 
 

@@ -255,6 +255,26 @@ def test_a_tilde_is_the_home_folder(food, monkeypatch):
     assert len(h.read_folder("~/Food-11").files["training"]) == 22
 
 
+def test_the_home_of_somebody_unknown_is_a_folder_that_is_not_there():
+    with pytest.raises(h.UserError, match="there is no folder ~nobody-of-this-name/Food-11"):
+        h.read_folder("~nobody-of-this-name/Food-11")
+    with pytest.raises(h.UserError, match="there is no file ~nobody-of-this-name/a.ckpt"):
+        h.load_file("~nobody-of-this-name/a.ckpt")
+
+
+@pytest.mark.parametrize("name", ["カレー\u30001", "Screenshot 4.02\u202fPM", "crème brûlée 1"])
+def test_any_words_may_name_an_evaluation_image(food, name):
+    save_picture(food / "evaluation" / f"{name}.jpg", 7)
+    assert name in h.read_folder(food).ids["evaluation"]
+
+
+@pytest.mark.parametrize("sign", ["\n", "\x07", "\u2028"])
+def test_a_name_with_signs_that_no_csv_holds_is_an_error(food, sign):
+    save_picture(food / "evaluation" / f"a{sign}b.jpg", 7)
+    with pytest.raises(h.UserError, match="a name that is no text"):
+        h.read_folder(food)
+
+
 def class_folder_split(folder, spell=str):
     """A split with a picture in a folder for each class."""
     for label in range(h.NUM_CLASSES):

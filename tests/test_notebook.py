@@ -125,7 +125,8 @@ def test_the_contents_link_to_every_section():
 
 
 def test_what_section_8_says_of_training_halves_are_the_rows_of_the_ring():
-    rows = pd.read_csv(ROOT / "tests/bench/results/recipes.csv").query("scored == 'half' and size == 112")
+    stored = pd.read_csv(ROOT / "tests/bench/results/recipes.csv")
+    rows = stored.query("scored == 'half' and size == 112")
     recipes = ("boss", "beyond", "beyond_early", "handover_bare", "handover_early")
     text = "\n".join(cell.source for cell in sections(COMMITTED)[8])
     table = re.findall(r"^\| .*0\.\d{3}.*\|$", text, re.MULTILINE)

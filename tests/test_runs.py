@@ -4,6 +4,7 @@ import importlib
 import json
 import sys
 import textwrap
+from collections import namedtuple
 from dataclasses import replace
 
 import pytest
@@ -246,6 +247,48 @@ def test_code_without_a_source_has_a_fingerprint_too():
     assert h.code_fingerprint(names["f"]) in prints
     half = h.functools.partial(names["f"], 1)
     assert h.code_fingerprint(half) != h.code_fingerprint(names["f"])
+
+
+def test_what_a_run_remembers_does_not_hang_on_the_version_of_torch_or_python(monkeypatch):
+    """A module's repr and the bytecode of what Python makes for a namedtuple do."""
+
+    def facts():
+        stages = {}
+        for name, cfg in h.STAGES.items():
+            student = h.build_student(cfg)
+            teacher = h.build_student(h.TEACHER_CONFIG)
+            stages[name] = h.run_facts(h.DistillLoss(cfg, student, teacher))
+        return stages
+
+    before = facts()
+    monkeypatch.setattr(nn.BatchNorm2d, "extra_repr", lambda self: "in other words")
+    monkeypatch.setattr(h, "bytecode", None)  # nothing asks for it
+    assert facts() == before
+
+
+def test_the_layers_fingerprint_is_that_of_what_they_compute():
+    nets = [
+        nn.Conv2d(3, 8, 3),
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.Conv2d(3, 8, 3, stride=2),
+        nn.Conv2d(3, 8, 3, bias=False),
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(8),
+        nn.BatchNorm2d(8, eps=1e-3),
+        nn.LeakyReLU(0.01),
+        nn.LeakyReLU(0.1),
+    ]
+    prints = [h.layers_fingerprint(nn.Sequential(net)) for net in nets]
+    assert len(set(prints)) == len(nets)
+    again = nn.Sequential(nn.Conv2d(3, 8, 3)).eval()  # other weights, another mode
+    assert h.layers_fingerprint(again) == prints[0]
+
+
+def test_namedtuples_differ_by_their_fields():
+    pair = namedtuple("pair", "kd alpha")
+    same = namedtuple("pair", "kd alpha")
+    assert h.code_fingerprint(pair) == h.code_fingerprint(same)
+    assert h.code_fingerprint(pair) != h.code_fingerprint(namedtuple("pair", "alpha kd"))
 
 
 # --- prepared once --------------------------------------------------------------------------------

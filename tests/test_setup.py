@@ -1,8 +1,10 @@
 """Configuration, the command line's KEY=VALUE, files written whole, files that are not trusted."""
 
 import dataclasses
+import os
 import pickle
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -208,6 +210,40 @@ def test_written_whole_leaves_the_old_file_when_the_writer_fails(tmp_path):
         raise RuntimeError
     assert path.read_text() == "old"
     assert list(path.parent.iterdir()) == [path]  # and no temporary file beside it
+
+
+def test_two_that_write_one_file_at_once_do_not_write_into_each_others(tmp_path, monkeypatch):
+    """As two containers do, whose processes have one number."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    path = tmp_path / "file.txt"
+    with h.written_whole(path) as first:
+        first.write_text("the first's")
+        with h.written_whole(path) as second:
+            second.write_text("the second's")
+        assert path.read_text() == "the second's"
+    assert path.read_text() == "the first's"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_text_files_have_the_same_bytes_on_windows(tmp_path, monkeypatch):
+    def as_on_windows(self, text, encoding=None, errors=None, newline=None):
+        if newline is None:
+            text = text.replace("\n", "\r\n")
+        self.write_bytes(text.encode(encoding or "cp1252"))
+
+    monkeypatch.setattr(Path, "write_text", as_on_windows)
+    monkeypatch.setattr(os, "linesep", "\r\n")
+    path = tmp_path / "a.csv"
+    h.write_submission(path, ["0000", "é"], torch.tensor([3, 10]))
+    assert path.read_bytes() == "Id,Category\n0000,3\né,10\n".encode()
+    assert h.validate_submission(path, ["0000", "é"]) == 2
+
+
+def test_a_drive_that_is_not_there_is_said(monkeypatch):
+    """Its root is its own parent, and is not there either."""
+    monkeypatch.setattr(Path, "exists", lambda self: False)
+    with pytest.raises(h.UserError, match="cannot be written to: there is no"):
+        h.check_writable("a/b")
 
 
 def test_written_whole_says_so_where_it_cannot_write(tmp_path):

@@ -158,6 +158,32 @@ def test_a_module_called_twice_counts_twice_and_a_bare_parameter_once():
         h.check_budget(net, limit=100)
 
 
+class Attends(nn.Module):
+    """Attention over the pixels of a small map: its attention gives two outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 8, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.fc = nn.Linear(8, 11)
+
+    def forward(self, x):
+        pixels = self.conv(x).flatten(2).transpose(1, 2)  # (B, H W, 8)
+        seen, _ = self.attention(pixels, pixels, pixels)
+        return self.fc(seen.mean(1))
+
+
+def test_a_module_with_two_outputs_counts_like_any_other():
+    assert h.check_budget(Attends()) == sum(p.numel() for p in Attends().parameters())
+    assert h.layer_table(Attends(), 64).loc["attention", "output"] == "64 x 8"
+
+
+def test_a_net_for_images_of_one_size_alone_is_counted_at_that_size():
+    net = nn.Sequential(nn.Conv2d(3, 2, 8, 8), nn.Flatten(), nn.Linear(2 * 12 * 12, 11))
+    assert h.check_budget(net, image_size=96) == 386 + 3179
+    assert h.own_student(h.Config(image_size=96), net) is not net
+
+
 def test_a_parameter_that_no_call_meets_counts():
     net = nn.Sequential(nn.Conv2d(3, 2, 3), h.GlobalAvgPool())
     net.extra = nn.ParameterList([nn.Parameter(torch.zeros(70_000))])
