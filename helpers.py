@@ -7936,7 +7936,24 @@ def plain_code(piece):
         # A body needs a statement, so a docstring that stands alone is left.
         if isinstance(body, list) and len(body) > 1 and is_docstring(body[0]):
             del body[0]
-    return ast.unparse(tree)
+    return tree_as_text(tree)
+
+
+def tree_as_text(value):
+    """A syntax tree, or a value in one, as text that is the same under all versions of Python.
+
+    That of ast.unparse and ast.dump is not: f-strings and empty fields differ.
+    """
+    if isinstance(value, list):
+        return f"[{', '.join(tree_as_text(entry) for entry in value)}]"
+    if not isinstance(value, ast.AST):
+        return repr(value)
+    fields = []
+    for name, entry in ast.iter_fields(value):
+        # Later versions have more fields, which are empty where older code has no use for them.
+        if entry not in (None, []):
+            fields.append(f"{name}={tree_as_text(entry)}")
+    return f"{type(value).__name__}({', '.join(fields)})"
 
 
 def bytecode(code):
