@@ -40,6 +40,7 @@ import io
 import itertools
 import json
 import math
+import numbers
 import os
 import re
 import secrets
@@ -72,6 +73,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image, ImageColor, ImageDraw, ImageFile, ImageOps
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import prune
 from torch.utils.data import DataLoader, Dataset  # noqa: F401  (the notebook uses h.DataLoader)
 from torch.utils.flop_counter import FlopCounterMode
@@ -2583,6 +2585,21 @@ def evaluation_mode(model):
         model.train(training)
 
 
+HIDDEN = "(hidden)"  # the name of a layer that a net calls and does not know as its own
+
+
+def check_no_hidden_layers(model, image_size):
+    """UserError where a net holds layers in a plain list, or builds them in forward.
+
+    An optimizer does not see such layers, and a state dict does not hold them.
+    """
+    if any(name == HIDDEN for name, _, _ in trace_calls(model, image_size)):
+        raise UserError(
+            "the student calls layers that are not its own, so they are neither trained nor saved: "
+            "hold them in an nn.ModuleList or nn.Sequential, not in a plain list"
+        )
+
+
 def trace_calls(model, image_size):
     """[(name, output shape, own parameters)] for every call of a module that has parameters."""
     names = {module: name or "(model)" for name, module in model.named_modules()}
@@ -2592,7 +2609,7 @@ def trace_calls(model, image_size):
         # The children's parameters are counted at the children's own calls.
         own = sum(p.numel() for p in module.parameters(recurse=False))
         if own:
-            calls.append((names.get(module, "(hidden)"), shape_without_batch(output), own))
+            calls.append((names.get(module, HIDDEN), shape_without_batch(output), own))
 
     with (
         evaluation_mode(model) as device,
@@ -2699,20 +2716,19 @@ def state_dicts_in(saved):
     The file itself comes first, under the name "". What is no tensor is left out.
     """
     found = []
-    seen = set()  # a dict in a file may hold itself
-    # A queue: outer dicts are looked at before those inside them.
-    waiting = [("", saved)]
+    # A queue: outer dicts are looked at before those inside them. The last of each entry are the
+    # dicts around it, for a dict in a file may hold itself.
+    waiting = [("", saved, [])]
     while waiting:
-        name, value = waiting.pop(0)
-        if not isinstance(value, dict) or id(value) in seen:
+        name, value, around = waiting.pop(0)
+        if not isinstance(value, dict) or any(value is outer for outer in around):
             continue
-        seen.add(id(value))
         tensors = {}
         for key, entry in value.items():
             if isinstance(entry, torch.Tensor):
                 tensors[str(key)] = entry
             elif isinstance(entry, dict):
-                waiting.append((f"{name}.{key}".lstrip("."), entry))
+                waiting.append((f"{name}.{key}".lstrip("."), entry, [*around, value]))
         if tensors:
             found.append((name, tensors))
     return found
@@ -3102,6 +3118,17 @@ def alignment(student_maps, teacher_maps, weights, adapters):
     return total
 
 
+def missing_layers(model, layers, image_size):
+    """Those of the named layers that a model does not have, or does not call.
+
+    A list of layers that forward loops over is not called as a whole, so it has no output.
+    """
+    names = dict(model.named_modules())
+    there = [layer for layer in layers if layer in names]
+    maps = features_of(model, there, torch.zeros(1, 3, image_size, image_size))
+    return [layer for layer in layers if layer not in maps]
+
+
 def build_adapters(cfg, student, teacher, layers):
     """{layer: module}: a 1x1 convolution where student and teacher differ in width, else nothing.
 
@@ -3109,12 +3136,11 @@ def build_adapters(cfg, student, teacher, layers):
     """
     # A forward pass tells the widths of any net, a learner's own too.
     image = torch.zeros(1, 3, cfg.image_size, cfg.image_size)
-    names = dict(student.named_modules())
-    missing = [layer for layer in layers if layer not in names]
+    missing = missing_layers(student, layers, cfg.image_size)
     if missing:
         raise UserError(
             f"{cfg.exp_name} aligns {', '.join(layers)}: the student has no {', '.join(missing)}; "
-            "name its layers so, or set align_weights=()"
+            "name its layers so and call each as a whole, or set align_weights=()"
         )
     # (1, C, H, W) for each layer, of which C is of use here.
     ours = features_of(student, layers, image)
@@ -3308,13 +3334,23 @@ def seen_of(observe, answer):
     except WrongAnswer:
         # It is an Exception too, which the last case would wrap once more.
         raise
-    except NotImplementedError:
-        raise WrongAnswer("it is still to be written") from None
     except UserError as error:
         raise WrongAnswer(str(error)) from None
     except Exception as error:  # whatever a learner's code raises is theirs to read
+        # As the empty place of an exercise raises it; torch's own has a text.
+        if isinstance(error, NotImplementedError) and not error.args:
+            raise WrongAnswer(f"{unwritten_part(error, answer)} is still to be written") from None
         where = line_of_answer(error, answer)
         raise WrongAnswer(f"it raises {type(error).__name__}{where}: {error}") from None
+
+
+def unwritten_part(error, answer):
+    """The function that raised a bare NotImplementedError, where the answer calls it; else "it"."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    raised_by = frame.f_code
+    if raised_by is getattr(answer, "__code__", raised_by):
+        return "it"
+    return f"{raised_by.co_name}, which it calls,"
 
 
 def line_of_answer(error, answer):
@@ -3337,6 +3373,15 @@ def check_order_of_arguments(answer, reference):
         return
     if given != wanted and sorted(given) == sorted(wanted):
         raise WrongAnswer(f"the order of the arguments is {', '.join(wanted)}")
+
+
+def check_same_device(given, wanted):
+    """WrongAnswer naming the first of {what: tensor} that lies elsewhere than it should."""
+    for what, tensor in wanted.items():
+        if given[what].device != tensor.device:
+            raise WrongAnswer(
+                f"{what} lies on {given[what].device}, where the arguments lie on {tensor.device}"
+            )
 
 
 def first_difference(given, wanted):
@@ -3380,6 +3425,7 @@ def judge(answer, reference, observe, variant, mistakes, name=None):
     try:
         check_order_of_arguments(answer, reference)
         given = seen_of(observe, answer)
+        check_same_device(given, wanted)
         if not same_tensors(given, wanted):
             known = named_mistake(given, observe, variant, mistakes)
             unknown = f"{first_difference(given, wanted)}, and that is no known mistake"
@@ -3469,13 +3515,20 @@ def observe_soft_labels(function):
     }
     seen = {}
     for what, (case, temperature) in cases.items():
+        # A copy, by which writing in place is noticed.
+        given = case.clone()
         try:
-            soft = function(case, temperature)
+            soft = function(given, temperature)
         except IndexError:
             raise WrongAnswer(
                 "it fails for the logits of one picture, (11,): "
                 "the classes are the last dimension, dim=-1"
             ) from None
+        if not torch.equal(given, case):
+            raise WrongAnswer(
+                "it changes the logits in place, which others read: write logits / temperature, "
+                "not /="
+            )
         at = f"{what} at T = {temperature:g}: one of them"
         seen[at] = as_tensor(soft, tuple(case.shape)).detach()
     return seen
@@ -3656,6 +3709,7 @@ def check_loss_fn_kd(my_loss):
     try:
         check_order_of_arguments(my_loss, loss_fn_kd)
         values, gradients = seen_of(observe_kd, my_loss)
+        check_same_device(values, wanted_values)
         if not same_tensors(gradients, wanted):
             known = named_mistake(
                 gradients, lambda function: observe_kd(function)[1], kd_variant, KD_MISTAKES
@@ -3837,11 +3891,13 @@ def observe_block(function):
         if not isinstance(block, nn.Module):
             raise WrongAnswer(f"it returns {kind_of(block)}, where a module is wanted")
         count = sum(parameter.numel() for parameter in block.parameters())
+        # A block may put itself on the device that trains.
+        on_device = images.to(next(block.parameters(), images).device)
         # In the order of calls, so that it does not matter in which order a block defines its
         # layers.
-        fill_with_numbers(parameters_as_called(block, images))
+        fill_with_numbers(parameters_as_called(block, on_device))
         # In training mode: batch norm uses the batch's own statistics and needs no stored ones.
-        output = block(images).detach()
+        output = block(on_device).detach().cpu()
         block_name = f"the block of {settings}"
         seen[f"the number of parameters in {block_name}"] = torch.tensor(float(count))
         seen[f"the output of {block_name}"] = output
@@ -3871,12 +3927,16 @@ def check_student(answer, image_size=64, limit=PARAM_LIMIT):
         # A copy, for the checks change its mode and leave gradients.
         student = seen_of(lambda build: copy.deepcopy(build_own(build)), answer)
         # As a net is built: it must run, then fit the limit, then learn. The first fault is told.
+        seen_of(lambda net: draw_lazy_weights(net, image_size), student)
+        seen_of(lambda net: check_no_hidden_layers(net, image_size), student)
         seen_of(lambda net: check_logits(net, image_size), student)
         count = seen_of(lambda net: check_budget(net, limit, image_size), student)
         seen_of(lambda net: check_gradients(net, image_size), student)
     except WrongAnswer as why:
         return say_not_yet(why)
-    print(f"Right: {count:,} parameters, {limit - count:,} under the limit; every one is trained.")
+    frozen = sum(p.numel() for p in student.parameters() if not p.requires_grad)
+    trained = f"{frozen:,} of them are frozen" if frozen else "every one is trained"
+    print(f"Right: {count:,} parameters, {limit - count:,} under the limit; {trained}.")
     return True
 
 
@@ -3900,10 +3960,18 @@ def check_logits(net, image_size):
             images = images.to(device)
             try:
                 together = as_tensor(net(images), (3, NUM_CLASSES))
+                again = as_tensor(net(images), (3, NUM_CLASSES))
                 alone = as_tensor(net(images[:1]), (1, NUM_CLASSES))
             except RuntimeError as error:
                 why = str(error).splitlines()[0]
                 raise WrongAnswer(f"it fails on images of {side} x {side}: {why}") from None
+        if not together.isfinite().all():
+            raise WrongAnswer("its logits are not finite numbers")
+        if not torch.allclose(together, again, rtol=1e-3, atol=1e-3):
+            raise WrongAnswer(
+                "it answers otherwise each time, in evaluation mode too: F.dropout wants "
+                "training=self.training"
+            )
         # In eval mode batch norm uses what it stored, so an image cannot see its neighbours.
         # Loose, for another batch size may take another kernel, which rounds in its own way.
         if not torch.allclose(together[:1], alone, rtol=1e-3, atol=1e-3):
@@ -3947,15 +4015,12 @@ def check_views(answer, cfg=BOSS):
     """
     if not isinstance(answer, dict):
         return say_not_yet(f"it is {kind_of(answer)}, where a dict of settings is wanted")
-    if all(answer.get(name) == getattr(SIMPLE, name) for name in VIEW_SETTINGS):
+    if all(is_value(answer.get(name), getattr(SIMPLE, name)) for name in VIEW_SETTINGS):
         return say_not_yet("it is still to be written")
     for name, transform in VIEW_SETTINGS.items():
         wanted = getattr(cfg, name)
         given = answer.get(name)
-        # Config takes lists too, and makes tuples of them.
-        if isinstance(given, list):
-            given = tuple(given)
-        if given != wanted:
+        if not is_value(given, wanted):
             why = f"{name}={given!r} is not what {transform} does"
             if name in ("rotation", "affine"):
                 why += ": wanted is one number, the largest angle to either side"
@@ -3965,6 +4030,14 @@ def check_views(answer, cfg=BOSS):
         return say_not_yet(f"{some_of(sorted(unknown))} is no setting of a view")
     print(f"Right: these are the views of {cfg.exp_name}.")
     return True
+
+
+def is_value(given, wanted):
+    """Whether a learner's value of a setting is the wanted one; an array is none."""
+    # Config takes lists too, and makes tuples of them.
+    if isinstance(given, list):
+        given = tuple(given)
+    return isinstance(given, (int, float, tuple)) and given == wanted
 
 
 # The alignment.
@@ -4031,7 +4104,10 @@ def alignment_variant(student_maps, teacher_maps, weights, adapters, **changes):
 
 
 def observe_alignment(function):
-    """The value of an alignment and its gradients, for maps of equal and of other sizes."""
+    """The values of an alignment and their gradients, of all layers and of all but one.
+
+    Maps are of equal and of other sizes.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def maps(*sides):
@@ -4044,23 +4120,32 @@ def observe_alignment(function):
     # Sides of layer1 to layer4: equal, then the teacher's larger, then the student's.
     student_maps = maps(8, 4, 4, 2)  # of layer4, which has no weight, nothing may depend
     teacher_maps = maps(8, 8, 2, 2)
-    weights = {"layer1": 3.0, "layer2": 2.0, "layer3": 0.5}
-    # Convolutions although the widths agree, so that an answer without adapters differs.
-    adapters = nn.ModuleDict({layer: nn.Conv2d(4, 4, 1) for layer in weights})
-    fill_with_numbers(adapters.to(pick_device()).parameters())
-    inputs = {f"the student's {layer}": student_maps[layer].requires_grad_() for layer in weights}
-    for name, parameter in adapters.named_parameters():
-        inputs[f"the adapter's {name}"] = parameter
-    try:
-        value = function(student_maps, teacher_maps, weights, adapters)
-    except KeyError as error:
-        if "layer4" not in str(error):
-            raise
-        raise WrongAnswer(
-            "it fails on layer4, which has no weight: the layers to align are the keys of weights"
-        ) from None
-    gradients = gradients_of(value, inputs)
-    return {"its value": value.detach()} | gradients
+    for drawn in student_maps.values():
+        drawn.requires_grad_()
+    # The second leaves a layer out, as align_weights=(3, 0, 1) does.
+    three = {"layer1": 3.0, "layer2": 2.0, "layer3": 0.5}
+    two = {"layer1": 3.0, "layer3": 0.5}
+    seen = {}
+    for weights, case in ((three, ""), (two, " without layer2")):
+        # Convolutions although the widths agree, so that an answer without adapters differs.
+        adapters = nn.ModuleDict({layer: nn.Conv2d(4, 4, 1) for layer in weights})
+        fill_with_numbers(adapters.to(pick_device()).parameters())
+        inputs = {f"the student's {layer}{case}": student_maps[layer] for layer in weights}
+        for name, parameter in adapters.named_parameters():
+            inputs[f"the adapter's {name}{case}"] = parameter
+        try:
+            value = function(student_maps, teacher_maps, weights, adapters)
+        except KeyError as error:
+            layer = error.args[0]
+            if layer in weights or layer not in student_maps:
+                raise
+            raise WrongAnswer(
+                f"it fails on {layer}, which has no weight: the layers to align are the keys of "
+                "weights"
+            ) from None
+        seen |= gradients_of(value, inputs)
+        seen[f"its value{case}"] = value.detach()
+    return seen
 
 
 def check_alignment(answer):
@@ -4136,7 +4221,8 @@ RIGHT_LOOP = {
     "sets_epoch": True,
     "trains": True,
     "softmax": False,
-    "clears": True,
+    "clears": "each batch",
+    "renews": False,
     "clips": True,
     "steps": True,
     "optimizer": torch.optim.Adam,
@@ -4146,8 +4232,17 @@ RIGHT_LOOP = {
 LOOP_MISTAKES = {
     "it trains nothing": {"epochs": "none"},
     "only one epoch is trained: repeat it cfg.n_epochs times": {"epochs": "one"},
-    "nothing moves the weights: is optimizer.step() called?": {"steps": False},
-    "the gradients add up from step to step: call optimizer.zero_grad()": {"clears": False},
+    "two epochs are trained, whatever cfg.n_epochs says": {"epochs": "two"},
+    "nothing moves the weights: is optimizer.step() called, and after loss.backward()?": {
+        "steps": False
+    },
+    "the gradients add up from step to step: call optimizer.zero_grad()": {"clears": "never"},
+    "the gradients add up within an epoch: call optimizer.zero_grad() for each batch": {
+        "clears": "each epoch"
+    },
+    "the optimizer is made anew in every epoch, and forgets: make it once, before the loop": {
+        "renews": True
+    },
     "the gradients are not clipped to cfg.grad_norm_max": {"clips": False},
     "the student stays in evaluation mode: call student.train()": {"trains": False},
     "every epoch shows the same views: call train_loader.set_epoch(epoch)": {"sets_epoch": False},
@@ -4168,15 +4263,19 @@ def loop_variant(student, train_loader, cfg, **changes):
     # The later wins: a mistake's setting stands in the place of the config's.
     settings = {"lr": cfg.lr, "weight_decay": cfg.weight_decay} | choices.settings
     optimizer = choices.optimizer(student.parameters(), **settings)
-    n_epochs = {"all": cfg.n_epochs, "one": 1, "none": 0}[choices.epochs]
+    n_epochs = {"all": cfg.n_epochs, "two": 2, "one": 1, "none": 0}[choices.epochs]
     for epoch in range(n_epochs):
+        if choices.renews:
+            optimizer = choices.optimizer(student.parameters(), **settings)
+        if choices.clears == "each epoch":
+            optimizer.zero_grad()
         if choices.sets_epoch:
             train_loader.set_epoch(epoch)
         student.train(choices.trains)
         for images, labels, *_ in train_loader:
             logits = student(images)
             loss = F.cross_entropy(logits.softmax(1) if choices.softmax else logits, labels)
-            if choices.clears:
+            if choices.clears == "each batch":
                 optimizer.zero_grad()
             loss.backward()
             if choices.clips:
@@ -4194,6 +4293,8 @@ def loop_of_fit(student, train_loader, cfg):
 
 class MadeUpBatches:
     """A loader of two small batches that change with the epoch, to try a training loop with."""
+
+    dataset = range(12)  # of which a learner's loop may ask the length
 
     def __init__(self):
         self.epoch = 0
@@ -4217,7 +4318,7 @@ class MadeUpBatches:
 def observe_loop(function):
     """The weights and statistics of a small net after a training loop on made-up batches."""
     # None of them is Adam's default, so that a setting which is left out shows in the weights.
-    cfg = Config(lr=0.03, weight_decay=0.1, grad_norm_max=0.5, n_epochs=2, amp="off")
+    cfg = Config(lr=0.03, weight_decay=0.1, grad_norm_max=0.5, n_epochs=3, amp="off")
     # Without a bias before the batch norm: its gradient is nothing but rounding.
     student = nn.Sequential(
         nn.Conv2d(3, 4, 3, bias=False),
@@ -4232,7 +4333,7 @@ def observe_loop(function):
     seen = {}
     # Statistics and num_batches_tracked too: they show how often it ran in training mode.
     for name, value in student.state_dict().items():
-        seen[f"after two epochs the student's {name}"] = value.detach().float()
+        seen[f"after three epochs the student's {name}"] = value.detach().float()
     return seen
 
 
@@ -5283,6 +5384,7 @@ def prepare_stage(
     """
     student = own_student(cfg, student)
     check_budget(student, image_size=cfg.image_size)
+    check_no_hidden_layers(student, cfg.image_size)
     if not cfg.needs_teacher:
         for name, own in (("loss_fn_kd", loss_fn_kd), ("loss_weights", loss_weights)):
             if own is not None:
@@ -5309,12 +5411,21 @@ def own_student(cfg, student=None):
     """
     if student is None:
         return build_student(cfg)
-    if isinstance(student, nn.Module):
-        # A copy, so that a second stage with the same net starts from the same weights.
-        return copy.deepcopy(student)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
-        return student()
+        net = student if isinstance(student, nn.Module) else student()
+        # A copy, so that a second stage with the same net starts from the same weights. A function
+        # may give the same net each time.
+        net = copy.deepcopy(net)
+        draw_lazy_weights(net, cfg.image_size)
+    return net
+
+
+def draw_lazy_weights(net, image_size):
+    """Give the lazy layers of a net (nn.LazyLinear) their weights, by one look at an image."""
+    if any(isinstance(module, LazyModuleMixin) for module in net.modules()):
+        with evaluation_mode(net) as device:
+            net(torch.zeros(1, 3, image_size, image_size, device=device))
 
 
 def run_stage(cfg, data, teacher=None, out=None, fresh=False, device=None, **own):
@@ -5938,13 +6049,27 @@ STAGE_STYLES = {
     "beyond": ("#D55E00", "v", (0, (6, 1, 1, 1, 1, 1))),  # a dash and two dots
     "teacher": ("#000000", "*", "-"),
 }
-UNKNOWN_STAGE_STYLE = ("#777777", "x", "-")
+# In turn for runs of other names.
+SPARE_STYLES = (
+    ("#777777", "x", "-"),
+    ("#0072B2", "P", "--"),
+    ("#8C564B", "h", "-."),
+    ("#332288", "X", ":"),
+)
 
 
-def stage_style(name):
-    """{"color", "marker", "ls"} of a stage, grey for an unknown one."""
-    color, marker, line = STAGE_STYLES.get(name, UNKNOWN_STAGE_STYLE)
+def stage_style(name, number=0):
+    """{"color", "marker", "ls"} of a stage; of any other name that of the spare style `number`."""
+    spare = SPARE_STYLES[number % len(SPARE_STYLES)]
+    color, marker, line = STAGE_STYLES.get(name, spare)
     return {"color": color, "marker": marker, "ls": line}
+
+
+def styles_of(names):
+    """{name: style} of the lines of one figure, in which no two names look alike."""
+    others = [name for name in names if name not in STAGE_STYLES]
+    styles = {name: stage_style(name) for name in names if name in STAGE_STYLES}
+    return styles | {name: stage_style(name, number) for number, name in enumerate(others)}
 
 
 class AltTextFigure(plt.Figure):
@@ -6266,7 +6391,10 @@ def plot_loss_terms(run):
         upper.plot(weights[term], ls=line, color=color, lw=2.5, label=name)
         lower.plot(weights[term] * history[term], ls=line, color=color, lw=2.5, label=name)
         changes.append(f"{name} from {weights[term].iloc[0]:.2g} to {weights[term].iloc[-1]:.2g}")
-    lower.plot(loss, color=TEACHER_COLOR, lw=1, label="the loss")
+    name = "the loss"
+    if run.facts.get("loss_fn_kd") not in (None, code_fingerprint(loss_fn_kd)):
+        name = "the loss, with your own loss_fn_kd in it"  # the terms are this module's
+    lower.plot(loss, color=TEACHER_COLOR, lw=1, label=name)
     upper.set_ylabel("weight", fontsize=11)
     lower.set_ylabel("weight x term", fontsize=11)
     lower.set_xlabel("epoch", fontsize=11)
@@ -6537,10 +6665,12 @@ def plot_history(runs, published=None):
     figure, axes = new_figure(title, 1, 2, 10, 3.6)
     loss_ax, accuracy_ax = axes[0]
     best = []
+    styles = styles_of([run.name for run in runs])
     for run in runs:
-        draw_history(loss_ax, run, "train_loss")
-        draw_history(accuracy_ax, run, "valid_acc")
-        draw_best(accuracy_ax, run)
+        style = styles[run.name]
+        draw_history(loss_ax, run, "train_loss", style)
+        draw_history(accuracy_ax, run, "valid_acc", style)
+        draw_best(accuracy_ax, run, style["color"])
         best.append(f"{run.label} {plus_minus(run.valid_acc, run.n_valid)}")
     for name, score in (published or {}).items():
         color = stage_style(name)["color"]
@@ -6562,15 +6692,15 @@ def plain_numbers(axis):
     axis.set_minor_formatter(NullFormatter())
 
 
-def draw_history(ax, run, column):
-    """Draw a column of a Run's history over its epochs."""
+def draw_history(ax, run, column, style):
+    """Draw a column of a Run's history over its epochs; style: as stage_style gives it."""
     history = run.history
     some = max(1, len(history) // 8)  # a marker at each epoch would hide the line
-    style = {**stage_style(run.name), "markersize": 5, "markevery": some, "lw": 1.6}
-    ax.plot(history["epoch"], history[column], label=run.label, **style)
+    marks = {"markersize": 5, "markevery": some, "lw": 1.6}
+    ax.plot(history["epoch"], history[column], label=run.label, **style, **marks)
 
 
-def draw_best(ax, run):
+def draw_best(ax, run, color):
     """Draw a Run's accuracy at its best epoch with a bar of +- one standard error."""
     scores = run.history["valid_acc"]
     if scores.empty:
@@ -6578,7 +6708,6 @@ def draw_best(ax, run):
     # The first of equal epochs, as in `best_so_far`.
     epoch = run.history["epoch"][scores.idxmax()]
     error = standard_error(run.valid_acc, run.n_valid)
-    color = stage_style(run.name)["color"]
     ax.errorbar([epoch], [run.valid_acc], [error], color=color, capsize=4, lw=2)
 
 
@@ -6647,6 +6776,7 @@ def plot_calibration(labels, logits, origin, bins=10):
     upper.plot([0, 1], [0, 1], color="#BBBBBB", ls="--")
     # The bars of all nets, side by side, fill 0.8 of a bin.
     width = 0.8 / bins / len(logits)
+    styles = styles_of(logits)
     for number, (name, net_logits) in enumerate(logits.items()):
         # Three Series, (filled bins,) each.
         confidence, accuracy, n = calibration_bins(labels, net_logits, bins)
@@ -6657,7 +6787,7 @@ def plot_calibration(labels, logits, origin, bins=10):
         # The accuracy over a handful of images says little: such a point would mislead.
         drawn = n >= 5
         bars = standard_error(accuracy, n)[drawn]
-        style = stage_style(name)
+        style = styles[name]
         points = (confidence[drawn], accuracy[drawn], bars)
         upper.errorbar(*points, label=f"{name}: ECE {error:.3f}", capsize=3, **style)
         # n.index holds the numbers of the bins; a tenth of a bin stays free on either side.
@@ -7902,17 +8032,21 @@ def code_fingerprint(*pieces):
         piece = waiting.pop()
         if isinstance(piece, functools.partial):
             # What is bound belongs to what the function computes.
-            texts.append(repr((piece.args, sorted(piece.keywords.items()))))
+            bound = dict(enumerate(piece.args)) | piece.keywords
+            texts += plain_values(bound)
+            waiting += [value for value in bound.values() if callable(value)]
             piece = piece.func
         if not (inspect.isroutine(piece) or inspect.isclass(piece)):
-            piece = type(piece)  # an object that can be called
+            # An object that can be called: what it holds, and its class.
+            texts += plain_values(vars(piece))
+            piece = type(piece)
         # Functions may refer to each other, or to themselves.
         if id(piece) in seen:
             continue
         seen.add(id(piece))
         texts.append(plain_code(piece))
         waiting += functions_and_classes_used_by(piece)
-        texts += plain_values_used_by(piece)
+        texts += plain_values(names_used_by(piece))
     # Sorted, for the order in which pieces were found does not matter.
     return fingerprint(sorted(texts))
 
@@ -7922,10 +8056,7 @@ def plain_code(piece):
     try:
         source = textwrap.dedent(inspect.getsource(piece))
     except (OSError, TypeError):
-        if hasattr(piece, "_fields"):  # a namedtuple
-            return f"{piece.__name__} {piece._fields} {piece._field_defaults}"
-        # Typed into a console, or built by exec: its bytecode.
-        return " ".join(bytecode(code) for code in code_objects(piece))
+        return code_without_source(piece)
     try:
         tree = ast.parse(source)
     except SyntaxError:  # a lambda in the middle of a statement
@@ -7937,6 +8068,23 @@ def plain_code(piece):
         if isinstance(body, list) and len(body) > 1 and is_docstring(body[0]):
             del body[0]
     return tree_as_text(tree)
+
+
+def code_without_source(piece):
+    """The code of a namedtuple, of a notebook's class, or of what was built by exec, as text."""
+    if hasattr(piece, "_fields"):  # a namedtuple
+        return f"{piece.__name__} {piece._fields} {piece._field_defaults}"
+    if inspect.isclass(piece):
+        # A notebook keeps the source of functions alone.
+        methods = [
+            f"{function.__name__}: {plain_code(function)}" for function in functions_of(piece)
+        ]
+        own = {name: value for name, value in vars(piece).items() if not name.startswith("__")}
+        return "\n".join([piece.__name__, *methods, *plain_values(own)])
+    defaults = dict(enumerate(getattr(piece, "__defaults__", None) or ()))
+    defaults |= getattr(piece, "__kwdefaults__", None) or {}
+    codes = [bytecode(code) for code in code_objects(piece)]
+    return " ".join([*codes, *plain_values(defaults)])
 
 
 def tree_as_text(value):
@@ -7979,7 +8127,8 @@ def functions_of(piece):
     if inspect.ismethod(piece):
         return [piece.__func__]
     functions = []
-    for value in vars(piece).values():
+    # A function that is built in has no __dict__.
+    for value in getattr(piece, "__dict__", {}).values():
         if isinstance(value, (staticmethod, classmethod)):
             value = value.__func__
         if inspect.isfunction(value) and not made_for_namedtuple(value):
@@ -8032,12 +8181,17 @@ def functions_and_classes_used_by(piece):
     return found
 
 
-def plain_values_used_by(piece):
-    """A text, name = value, for each number, text and tuple that the piece refers to."""
+def plain_values(named):
+    """A text, name = value, for each number, text, tuple and tensor of {name: value}.
+
+    Not of lists and dicts, for code may write to them, and would then differ after it has run.
+    """
     values = []
-    for name, value in names_used_by(piece).items():
+    for name, value in named.items():
         if isinstance(value, (bool, int, float, str, tuple)):
             values.append(f"{name} = {value!r}")
+        if isinstance(value, torch.Tensor):
+            values.append(f"{name} = {value.dtype} {value.tolist()}")
     return values
 
 
@@ -8129,6 +8283,9 @@ class Answers:
 
     def use_reference(self, name):
         """Put an exercise's reference back in the place of the learner's answer."""
+        if name not in EXERCISES:
+            say(f"{printable(repr(name))} is no exercise: {', '.join(EXERCISES)}.")
+            return
         self.own.pop(name, None)
         say(f"{name}: the reference stands in below.")
 
@@ -8148,7 +8305,9 @@ class Answers:
                 f"{cfg.exp_name}: no guess yet. It trains for {cfg.n_epochs} epochs: write a "
                 "number from 0 to 1 in the place of None."
             )
-        elif not isinstance(accuracy, (int, float)) or not 0 <= accuracy <= 1:
+        elif isinstance(accuracy, bool) or not isinstance(accuracy, numbers.Real):
+            say(f"{cfg.exp_name}: {accuracy!r} is no number.")
+        elif not 0 <= accuracy <= 1:
             say(f"{cfg.exp_name}: {accuracy!r} is no accuracy from 0 to 1.")
         else:
             self.guesses[cfg.exp_name] = float(accuracy)
@@ -8197,7 +8356,7 @@ class Answers:
     def has_layers(self, cfg):
         """Whether the learner's student has the layers that a stage aligns."""
         student = own_student(cfg, self.own["student"])
-        return cfg.aligned_layers.keys() <= dict(student.named_modules()).keys()
+        return not missing_layers(student, cfg.aligned_layers, cfg.image_size)
 
     def stage_table(self, runs):
         """`stage_table` with the guesses."""
@@ -8341,7 +8500,7 @@ def head_and_body(name, function):
     head = head.replace(f"def {function.__name__}(", f"def my_{name}(", 1)
     body = "".join(lines[docstring.end_lineno :])
     names = [used.__name__ for used in functions_and_classes_used_by(function)]
-    names += [text.split(" = ")[0] for text in plain_values_used_by(function)]
+    names += [text.split(" = ")[0] for text in plain_values(names_used_by(function))]
     for name in names:
         if name not in EXERCISES:
             # (?<![\w.]): not the end of a longer name, nor an attribute of something else.

@@ -4,6 +4,7 @@ named. The mistakes are written here by hand, as a learner writes them, beside t
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -76,6 +77,52 @@ def test_what_is_not_written_or_fails_is_said(said, check):
         f"Not yet: it raises ZeroDivisionError in line {line}: division by zero.",
     )
     assert not check(lambda *arguments: None)
+
+
+def to_be_written(*arguments):
+    raise NotImplementedError
+
+
+def test_the_function_that_is_still_to_be_written_is_named(said):
+    def calls_another(student_logits, labels, teacher_logits, alpha, temperature):
+        return to_be_written(student_logits)
+
+    assert said(h.check_loss_fn_kd, calls_another) == (
+        False,
+        "Not yet: to_be_written, which it calls, is still to be written.",
+    )
+    # torch's own error of that kind has a text, which says more.
+    verdict, text = said(h.check_dwpw_conv, lambda *arguments: nn.ModuleList([nn.Conv2d(8, 9, 1)]))
+    assert not verdict
+    assert 'missing the required "forward" function' in text
+
+
+def test_an_answer_that_leaves_the_device_is_told_so(said):
+    verdict, text = said(h.check_soft_labels, lambda z, t: F.softmax(z / t, -1).to("meta"))
+    assert not verdict
+    assert "lies on meta, where the arguments lie on cpu" in text
+
+
+def test_soft_labels_in_place_are_told_so(said):
+    def in_place(logits, temperature):
+        logits /= temperature
+        return logits.softmax(-1)
+
+    verdict, text = said(h.check_soft_labels, in_place)
+    assert not verdict
+    assert "not /=" in text
+
+
+def test_an_alignment_that_names_the_layers_itself_is_told_so(said):
+    def names_layers(student_maps, teacher_maps, weights, adapters):
+        chosen = {name: weights[name] for name in ("layer1", "layer2", "layer3")}
+        return h.alignment(student_maps, teacher_maps, chosen, adapters)
+
+    assert said(h.check_alignment, names_layers) == (
+        False,
+        "Not yet: it fails on layer2, which has no weight: the layers to align are the keys of "
+        "weights.",
+    )
 
 
 # --- loss_fn_kd, as learners write it -------------------------------------------------------------
@@ -299,9 +346,67 @@ class Together(Net):
         return logits - logits.mean(0)
 
 
+class InAList(Net):
+    """Its second block is no part of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = [nn.Conv2d(3, 3, 3, padding=1)]
+
+    def forward(self, x):
+        return super().forward(self.blocks[0](x))
+
+
+class AlwaysDrops(Net):
+    def forward(self, x):
+        return F.dropout(super().forward(x), 0.5)
+
+
+class NotFinite(Net):
+    def forward(self, x):
+        return super().forward(x) / 0 * 0
+
+
+class Frozen(Net):
+    def __init__(self):
+        super().__init__()
+        next(self.parameters()).requires_grad_(False)
+
+
+def test_frozen_parameters_are_not_called_trained(said):
+    frozen = next(Net().parameters()).numel()
+    verdict, text = said(h.check_student, Frozen)
+    assert verdict
+    assert text.endswith(f"under the limit; {frozen:,} of them are frozen.")
+
+
+class Lazy(nn.Module):
+    """It learns at the first image how wide its last layer is."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, 2)
+        self.fc = nn.LazyLinear(11)
+
+    def forward(self, x):
+        return self.fc(self.conv(x).mean((2, 3)))
+
+
+def test_lazy_layers_are_right_and_get_their_weights_from_the_seed():
+    assert h.check_student(Lazy)
+    cfg = h.Config(image_size=64)
+    first = h.state_checksum(h.own_student(cfg, Lazy))
+    torch.rand(1)  # elsewhere in the notebook
+    assert h.state_checksum(h.own_student(cfg, Lazy)) == first
+    assert h.check_budget(h.own_student(cfg, Lazy())) == 224 + 99
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
+        (InAList, "neither trained nor saved"),
+        (AlwaysDrops, "it answers otherwise each time"),
+        (NotFinite, "its logits are not finite"),
         (Idle, "no gradient reaches 'unused.weight'"),
         (Detached, "no gradient reaches 'block.0.weight'"),
         (Squeezed, "it returns the shape (11,), where the shape (1, 11) is wanted"),
@@ -341,6 +446,10 @@ def test_the_views_of_boss(said):
     assert not h.check_views(None)
 
 
+def test_views_as_an_array_are_not_right():
+    assert not h.check_views(BOSS_VIEWS | {"crop_scale": np.array((0.7, 1.0))})
+
+
 def loop_by_hand(student, train_loader, cfg):
     optimizer = torch.optim.Adam(student.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
     for epoch in range(cfg.n_epochs):
@@ -355,6 +464,12 @@ def loop_by_hand(student, train_loader, cfg):
 
 def test_the_loop_by_hand_does_what_fit_does(said):
     assert said(h.check_training_loop, loop_by_hand) == (True, "Right: it agrees with fit.")
+
+    def reports(student, train_loader, cfg):
+        loop_by_hand(student, train_loader, cfg)
+        print(f"{len(train_loader.dataset)} pictures, {len(train_loader)} batches")
+
+    assert said(h.check_training_loop, reports)[0]
 
     def idle(student, train_loader, cfg):
         pass

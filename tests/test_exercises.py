@@ -9,8 +9,10 @@ import subprocess
 import sys
 
 import nbformat
+import numpy as np
 import pytest
 from conftest import ROOT
+from torch import nn
 
 import helpers as h
 
@@ -93,6 +95,8 @@ def test_an_untouched_edition_runs_whole_with_the_references(runs):
     assert printed.count("Until it is right the reference stands in below.") == len(h.EXERCISES)
     assert "Until they are right the reference's views stand in" in printed
     assert printed.count("no guess yet") == len(h.STAGES)
+    n_epochs = variables["simple_cfg"].n_epochs
+    assert f"simple: no guess yet. It trains for {n_epochs} epochs" in printed
     assert variables["mine"].own == {}
     boss = variables["runs"]["boss"]
     assert boss.facts["alignment"] == h.code_fingerprint(h.alignment)
@@ -180,7 +184,7 @@ def test_every_stage_is_guessed_before_it_runs(edition):
         trained = re.search(r"(?:mine\.run_stage|h\.prepare_stage)\((\w+),", cell.source)
         if trained and cell.cell_type == "code" and not cell.source.startswith("%%"):
             assert guessed[-1] == trained[1]
-    assert guessed == ["cfg", "medium_cfg", "strong_cfg", "boss_cfg", "beyond_cfg"]
+    assert guessed == ["simple_cfg", "medium_cfg", "strong_cfg", "boss_cfg", "beyond_cfg"]
 
 
 def test_every_question_has_an_empty_place_before_its_folded_answer(edition):
@@ -257,12 +261,42 @@ def test_a_stage_gets_the_answers_that_it_has_a_use_for(tmp_path, capsys):
     )
     mine.use_reference("student")
     assert "student" not in mine.own_for(h.STAGES["strong"])
+    mine.use_reference("studnet")
+    assert "'studnet' is no exercise: training_loop, soft_labels" in capsys.readouterr().out
+
+
+class LayersInLists(nn.Module):
+    """Its layers have the wanted names, but forward loops over what is in them."""
+
+    def __init__(self):
+        super().__init__()
+        widths = {"layer1": (3, 8), "layer2": (8, 16), "layer3": (16, 32)}
+        for name, (width, wider) in widths.items():
+            setattr(self, name, nn.ModuleList([nn.Conv2d(width, wider, 3, 2, 1), nn.ReLU()]))
+        self.fc = nn.Linear(32, 11)
+
+    def forward(self, x):
+        for part in (*self.layer1, *self.layer2, *self.layer3):
+            x = part(x)
+        return self.fc(x.mean((2, 3)))
+
+
+def test_layers_that_are_not_called_as_a_whole_cannot_be_aligned(tmp_path, capsys):
+    assert h.check_student(LayersInLists)
+    mine = h.Answers(tmp_path)
+    mine.own["student"] = LayersInLists
+    assert "student" in mine.own_for(h.STAGES["strong"])
+    assert "student" not in mine.own_for(h.STAGES["boss"])
+    boss = h.STAGES["boss"]
+    teacher = h.build_student(h.TEACHER_CONFIG)
+    with pytest.raises(h.UserError, match="the student has no layer1, layer2, layer3; name"):
+        h.DistillLoss(boss, LayersInLists(), teacher)
 
 
 def test_guesses(tmp_path, capsys):
     mine = h.Answers(tmp_path)
     cfg = h.STAGES["medium"]
-    for nonsense in (None, "much", 70, -0.1):
+    for nonsense in (None, "much", 70, -0.1, True):
         mine.guess(cfg, nonsense)
         assert mine.guesses == {}
     said = capsys.readouterr().out
@@ -271,5 +305,7 @@ def test_guesses(tmp_path, capsys):
     mine.guess(cfg, 1)
     assert mine.guesses == {"medium": 1.0}
     assert "medium: after 700 epochs, you guess, 1.000." in capsys.readouterr().out
+    mine.guess(cfg, np.float32(0.5))
+    assert mine.guesses == {"medium": 0.5}
     mine.guess(cfg, None)
     assert mine.guesses == {}

@@ -131,6 +131,10 @@ def test_the_parts_in_the_picture_of_the_loss_make_up_the_loss_that_was_trained(
     assert list(parts) == ["CE", "T² KL", "alignment"]
     assert sum(parts.values()) == pytest.approx(loss, rel=1e-4)
     assert "T² KL from 1.9 to 0" in figure.alt_text
+    # With another loss the three do not make it up, and that is said.
+    run.facts = {"loss_fn_kd": "other code"}
+    labels = [line.get_label() for line in h.plot_loss_terms(run).axes[1].lines]
+    assert labels[-1] == "the loss, with your own loss_fn_kd in it"
 
 
 def test_the_picture_of_a_loss_of_labels_alone_has_one_term(food, tiny):
@@ -179,6 +183,15 @@ def test_five_stages_have_five_lines_and_markers():
     styles = [h.stage_style(name) for name in h.STAGES]
     for part in ("color", "marker", "ls"):
         assert len({style[part] for style in styles}) == 5
+
+
+def test_runs_of_other_names_have_styles_of_their_own():
+    names = ["boss", "deep", "scheduled", "no_layer2", "medium_t4"]
+    styles = h.styles_of(names)
+    assert set(styles) == set(names)
+    for part in ("color", "marker"):
+        assert len({styles[name][part] for name in names}) == 5
+    assert styles["boss"] == h.stage_style("boss")
 
 
 def test_a_history_has_a_bar_of_its_standard_error_at_the_best_epoch(food):

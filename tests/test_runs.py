@@ -298,6 +298,83 @@ def test_the_layers_fingerprint_is_that_of_what_they_compute():
     assert h.layers_fingerprint(again) == prints[0]
 
 
+class Weighed:
+    """A loss that is an object."""
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def __call__(self, student_logits, labels, teacher_logits, alpha, temperature):
+        return self.weight * F.cross_entropy(student_logits, labels)
+
+
+def test_what_an_object_holds_and_what_is_bound_count():
+    assert h.code_fingerprint(Weighed(0.1)) == h.code_fingerprint(Weighed(0.1))
+    assert h.code_fingerprint(Weighed(0.1)) != h.code_fingerprint(Weighed(0.9))
+    bound = [h.functools.partial(my_loss, alpha=inner) for inner in (labels_only, h.alignment)]
+    assert h.code_fingerprint(bound[0]) != h.code_fingerprint(bound[1])
+    # By its code, not by its address: another function of the same code.
+    again = type(labels_only)(labels_only.__code__, globals(), "labels_only")
+    same = h.functools.partial(my_loss, alpha=again)
+    assert h.code_fingerprint(bound[0]) == h.code_fingerprint(same)
+
+
+NOTEBOOK_CELL = """
+class MyBlock(nn.Module):
+    slope = 0.1
+
+    def forward(self, x, power=1.0):
+        return F.leaky_relu(x, self.slope) ** power  # as usual
+
+weights = torch.tensor([1.0, 2.0])
+
+def my_loss(student_logits, labels):
+    return F.cross_entropy(student_logits, labels, weights)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "same"),
+    [
+        ("MyBlock", "slope = 0.1", "slope = 0.9", False),
+        ("MyBlock", "power=1.0", "power=3.0", False),
+        ("MyBlock", "as usual", "said otherwise", True),
+        ("my_loss", "2.0]", "3.0]", False),
+    ],
+)
+def test_the_code_of_a_notebooks_cell_is_told_apart(name, old, new, same):
+    def of(source):
+        """As a kernel runs a cell: its lines are known, a class's file is not."""
+        file = f"<cell {hash(source)}>"
+        lines = source.splitlines(keepends=True)
+        h.inspect.linecache.cache[file] = (len(source), None, lines, file)
+        cell = {"__name__": "__nowhere__", "nn": nn, "F": F, "torch": torch}
+        exec(compile(source, file, "exec"), cell)
+        return h.code_fingerprint(cell[name])
+
+    assert (of(NOTEBOOK_CELL) == of(NOTEBOOK_CELL.replace(old, new))) == same
+
+
+def test_a_function_that_gives_one_net_each_time_shares_it_with_no_stage():
+    net = MyNet()
+    first = h.own_student(h.Config(), lambda: net)
+    assert first is not net
+    assert first is not h.own_student(h.Config(), lambda: net)
+
+
+def test_a_student_with_layers_in_a_plain_list_is_one_sentence(medium):
+    class InAList(MyNet):
+        def __init__(self):
+            super().__init__()
+            self.more = [nn.Conv2d(3, 3, 1)]
+
+        def forward(self, x):
+            return super().forward(self.more[0](x))
+
+    with pytest.raises(h.UserError, match="neither trained nor saved"):
+        medium(student=InAList)
+
+
 def test_namedtuples_differ_by_their_fields():
     pair = namedtuple("pair", "kd alpha")
     same = namedtuple("pair", "kd alpha")
