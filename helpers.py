@@ -71,7 +71,7 @@ import torch.nn.functional as F
 import torchvision
 from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullFormatter
-from PIL import Image, ImageColor, ImageDraw, ImageFile, ImageOps
+from PIL import ExifTags, Image, ImageColor, ImageDraw, ImageFile
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import prune
@@ -318,7 +318,10 @@ class Config:
     def _check_name(self):
         # It names a folder and a CSV: no separators, and no dot that with_suffix would cut at.
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", self.exp_name):
-            self._refuse("exp_name", "letters, digits, '_', '-'")
+            self._refuse("exp_name", "letters, digits, '_', '-', at most 64")
+        # submission.csv is a copy of the best stage's.
+        if self.exp_name in ("submission", "submission_demo"):
+            self._refuse("exp_name", "any other name")
 
     def _check_layers(self):
         # With padding kernel_size // 2 an even kernel would make each map a pixel larger.
@@ -439,7 +442,7 @@ def parse_setting(text):
         with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             value = ast.literal_eval(value)
     # One entry without a comma: align_weights=3.0 means (3.0,).
-    if kind is tuple and not isinstance(value, tuple):
+    if kind is tuple and not isinstance(value, (tuple, list)):
         value = (value,)
     return name, allowed_value(fields[name], value)
 
@@ -745,7 +748,7 @@ def food_folders(folder):
     for path in sorted(folder.iterdir(), key=lambda path: (path.name != "Food-11", path.name)):
         if path.is_dir() and letters_and_digits(path.name) == "food11":
             folders.append(path)
-        elif is_archive(path) and letters_and_digits(path.stem) == "food11":
+        elif is_archive(path) and letters_and_digits(path.stem.removesuffix(".tar")) == "food11":
             archives.append(path)
     return folders + archives
 
@@ -789,7 +792,8 @@ def teacher_file_near(root):
 
     On Kaggle it may be in any input, for public copies of Food-11 have none.
     """
-    places = [root / TEACHER_FILE, root.parent / TEACHER_FILE, *attached_files(TEACHER_FILE)]
+    above = Path(os.path.abspath(root)).parent  # of "." too
+    places = [root / TEACHER_FILE, above / TEACHER_FILE, *attached_files(TEACHER_FILE)]
     for path in places:
         if path.is_file():
             return path
@@ -808,8 +812,6 @@ def data_root(root, needed=SPLITS):
         raise UserError(f"there is no folder {root}")
     if set(needed) <= set(split_folders(root)):
         return root
-    if is_plain_folder(root, needed):
-        return root
     level = [root]
     # Level by level: an unpacked archive often wraps the data in a folder or two.
     for _ in range(2):
@@ -821,6 +823,9 @@ def data_root(root, needed=SPLITS):
             raise UserError(f"{root} holds several data folders, {some_of(found)}: name one")
         if found:
             return found[0]
+    # Last, for a picture may lie beside the data.
+    if is_plain_folder(root, needed):
+        return root
     raise UserError(missing_splits(root, needed))
 
 
@@ -833,7 +838,7 @@ def missing_splits(root, needed):
     if archives:
         return f"{text}. Unpack {printable(archives[0])} first"
     # The user named a split's own folder, one level too deep.
-    if split_of(root.name):
+    if split_of(Path(os.path.abspath(root)).name):
         return f"{text}. Name the folder above it"
     return text
 
@@ -1083,7 +1088,8 @@ def sort_out(folder, home, class_folders, split):
         homes.add(home)  # so that a picture beside the class folders keeps its row
     files = []
     ignored = {}
-    for path in paths_below(folder, homes):
+    # A link to the folder of the class folders is followed too.
+    for path in paths_below(folder, homes | {home}):
         why = None
         if is_hidden(path.relative_to(folder)):
             why = HIDDEN
@@ -1450,11 +1456,15 @@ def open_image(path):
         with Image.open(path, formats=picture_formats()) as image:
             if max(image.size) > MAX_ASPECT * min(image.size):
                 raise ValueError(f"a strip of {image.width} x {image.height} pixels")
+            image.load()
+            turn = turn_of(image)
             # 16 bit a pixel: PIL would clip it to white, so the upper 8 are taken.
             if image.mode.startswith("I"):
                 high_bytes = np.asarray(image) >> 8
                 image = Image.fromarray(high_bytes.clip(0, 255).astype(np.uint8))
-            return ImageOps.exif_transpose(image).convert("RGB")
+            if turn is not None:
+                image = image.transpose(turn)
+            return image.convert("RGB")
     except MemoryError:
         raise UserError(
             f"{path} cannot be decoded, for the memory is full: end other programs and run again"
@@ -1463,6 +1473,30 @@ def open_image(path):
     except Exception as error:
         kind = type(error).__name__
         raise UserError(f"{path} cannot be decoded ({kind}: {error})") from None
+
+
+# EXIF's orientation -> what makes the picture upright.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def turn_of(image):
+    """The Image.Transpose that makes a loaded PIL image upright, by its EXIF data; None without.
+
+    ImageOps.exif_transpose would also write the EXIF data anew, which fails for odd entries beside
+    good pixels, and for a picture whose mode was changed it finds none.
+    """
+    try:
+        return UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # damaged EXIF data raises many kinds; the pixels are what counts
+        return None
 
 
 def source_size(image_size):
@@ -1718,9 +1752,7 @@ def fill_cache(path, files, split, transform, side):
         try:
             image = open_image(files[i])
         except UserError as error:
-            # An error of the system is not the picture's fault: it cannot be read now.
-            cause = error.__context__
-            if isinstance(cause, MemoryError) or getattr(cause, "errno", None):
+            if is_of_the_system(error.__context__):  # it cannot be read now
                 raise
             failures[i] = str(error)
         else:
@@ -2955,7 +2987,7 @@ class TeacherViews:
     filled when the run was killed is filled up later.
     """
 
-    def __init__(self, cfg, loader, teacher_checksum, dtype=None):
+    def __init__(self, cfg, loader, teacher_key, dtype=None):
         split = loader.split
         shape = (cfg.teacher_views, len(split), NUM_CLASSES)
         # All that decides what picture a row shows, and how its logits are rounded.
@@ -2963,7 +2995,7 @@ class TeacherViews:
         keys += ("hflip", "vflip", "rotation", "affine")
         settings = [str(dtype), loader.device.type, rank_and_world()[1]]
         settings += [getattr(cfg, name) for name in keys]
-        name = fingerprint(teacher_checksum, split.ids, split.cache.name, shape, settings)
+        name = fingerprint(teacher_key, split.ids, split.cache.name, shape, settings)
         self.path = cache_root() / f"teacher-{name}.logits"
         # A cache belongs to a machine, whose first process makes the file.
         if is_first_on_node() and not self.path.is_file():
@@ -4373,7 +4405,7 @@ def learning_rate(cfg, epoch):
     """The learning rate at a fractional epoch."""
     # 1) linear warm-up; the thousandth, so that the first step moves too
     if epoch < cfg.warmup_epochs:
-        return cfg.lr * (epoch + 1e-3) / cfg.warmup_epochs
+        return cfg.lr * min(1.0, (epoch + 1e-3) / cfg.warmup_epochs)
     # 2) constant
     if cfg.lr_schedule == "constant":
         return cfg.lr
@@ -4477,8 +4509,9 @@ def train_one_epoch(state, forward, loader, epoch, views=None, on_step=None):
     loss_fn.set_progress((epoch + 1) / cfg.n_epochs)
     if hasattr(loader, "set_epoch"):
         loader.set_epoch(epoch)
-    else:  # a DataLoader draws from the global random state
-        torch.manual_seed(int(fingerprint(cfg.seed, epoch)[:12], 16))
+    # For what draws from the global random state: dropout, an own loss, a DataLoader. Processes
+    # draw apart, for each has other images.
+    torch.manual_seed(int(fingerprint(cfg.seed, epoch, rank_and_world()[0])[:12], 16))
 
     n_steps = len(loader)
     sums = EpochSums(loss_fn.device)
@@ -4707,8 +4740,9 @@ def fit(loss_fn, train_loader, valid_loader, folder=None):
             say(describe_run(cfg, train_loader))
         if cfg.replays:
             # Part of the stored logits' key, for another teacher answers differently.
-            checksum = state_checksum(loss_fn.teacher)
-            views = TeacherViews(cfg, train_loader, checksum, loss_fn.dtype)
+            teacher = loss_fn.teacher
+            teacher_key = (state_checksum(teacher), code_and_settings(teacher))
+            views = TeacherViews(cfg, train_loader, teacher_key, loss_fn.dtype)
         if folder:
             # Whatever was lost beside last.ckpt is written again; that of a finished run stays.
             folder.save(state, last=not is_finished(state.history, cfg))
@@ -4817,6 +4851,7 @@ HASHED_FACTS = {
     "loss_fn_kd": "the code of loss_fn_kd",
     "alignment": "the code of alignment",
     "loss_weights": "the code of loss_weights",
+    "teacher_code": "the code or settings of the teacher",
 }
 # Hashes of what is trained and validated on. Evaluation images are none of a run's facts: a CSV is
 # written anew from those that are there.
@@ -4864,11 +4899,17 @@ def module_code_fingerprint(model):
     return code_fingerprint(*kinds)
 
 
+def code_and_settings(model):
+    """A hash of all but the weights that a net's answers depend on."""
+    return fingerprint(layers_fingerprint(model), module_code_fingerprint(model))
+
+
 def run_facts(loss_fn, data=None):
     """What a result depends on, as JSON-able facts: they must be the same for a run to go on.
 
-    Settings, layers, own code included, number of processes, the teacher's weights and the data's
-    names and labels. What the images show is known when they are decoded (see `add_contents`).
+    Settings, layers, own code included, number of processes, the teacher's weights and code, and
+    the data's names and labels. What the images show is known when they are decoded (see
+    `add_contents`).
     """
     facts = {
         "config": dataclasses.asdict(loss_fn.cfg),
@@ -4878,6 +4919,7 @@ def run_facts(loss_fn, data=None):
         "alignment": None,
         "loss_weights": None,
         "teacher_checksum": None,
+        "teacher_code": None,
         "processes": rank_and_world()[1],
     }
     # Only what is used counts: editing a loss that is not trained with must not refuse a run.
@@ -4885,6 +4927,7 @@ def run_facts(loss_fn, data=None):
         facts["loss_fn_kd"] = code_fingerprint(loss_fn.loss_fn_kd)
         facts["loss_weights"] = code_fingerprint(loss_fn.loss_weights)
         facts["teacher_checksum"] = state_checksum(loss_fn.teacher)
+        facts["teacher_code"] = code_and_settings(loss_fn.teacher)
     if loss_fn.layers:
         facts["alignment"] = code_fingerprint(loss_fn.alignment)
     if data is not None:
@@ -5047,7 +5090,8 @@ class RunFolder:
         # The settings one by one; "config" as a whole is left out below.
         was = {**saved["facts"], **saved["facts"]["config"]}
         now = {**self.facts, **self.facts["config"]}
-        may_differ = {"config"} | settings_that_may_differ(saved, self.cfg)
+        # The origin is for who reads config.json; its words name evaluation images too.
+        may_differ = {"config", "origin"} | settings_that_may_differ(saved, self.cfg)
         if is_finished(saved["history"], self.cfg):
             may_differ.add("processes")
         different = []
@@ -5122,7 +5166,10 @@ def settings_that_may_differ(saved, cfg):
     """
     may_differ = set(BEHAVIOUR_KEYS)
     constant = cfg.lr_schedule == "constant" and cfg.loss_schedule == "constant"
-    if constant and saved["facts"]["config"].get("n_epochs", 0) < cfg.n_epochs:
+    # An own loss_weights may move with the progress, whatever the config says.
+    standard = saved["facts"].get("loss_weights") in (None, code_fingerprint(loss_weights))
+    grows = saved["facts"]["config"].get("n_epochs", 0) < cfg.n_epochs
+    if constant and standard and grows:
         may_differ.add("n_epochs")
     return may_differ
 
@@ -5469,6 +5516,8 @@ def run(
         raise UserError(f"run wants each stage once, under a name of its own: {', '.join(names)}")
     for cfg in configs:  # before a teacher is trained for the demo set
         check_budget(build_student(cfg), image_size=cfg.image_size)
+        if final:
+            final_config(cfg, cfg.n_epochs)
     if is_first_process():
         check_writable(out)
     check_processes_agree(
@@ -5641,9 +5690,8 @@ def final_fit(validated, data, teacher=None, out=None, fresh=False, submit_it=Fa
         return None
     # The first of equal epochs, as in `best_so_far`.
     best_epoch = int(validated.history["valid_acc"].argmax()) + 1
-    # Without validation no epoch is better than the one before: `patience` ends it.
-    name = f"{validated.name}_final"
-    cfg = replace(validated.cfg, exp_name=name, patience=best_epoch)
+    cfg = final_config(validated.cfg, best_epoch)
+    name = cfg.exp_name
     # fresh=True, for what lies in the folder is compared below; nothing is cleared before `fit`.
     stage = prepare_stage(cfg, with_validation_images(data), teacher, out, fresh=True, **own)
     for fact, what in HASHED_FACTS.items():
@@ -5651,6 +5699,8 @@ def final_fit(validated, data, teacher=None, out=None, fresh=False, submit_it=Fa
             raise UserError(f"{name}: {what} is not that of {validated.name}: hand in the same")
     # It is a run of its own kind, which `evaluate` knows by this fact.
     stage.folder.facts["final"] = True
+    if not fresh:
+        refuse_other_kind(stage.folder.path, validated.name)
     train, _ = stage.decode()  # first, for it may have moved on to other images
     stage.folder.fresh = fresh or has_moved_on(stage)
     train_loader = BatchLoader(train, cfg, stage.device, train=True)
@@ -5668,6 +5718,23 @@ def final_fit(validated, data, teacher=None, out=None, fresh=False, submit_it=Fa
     if submit_it:
         copy_submission(path, data, out, f"the final fit of {validated.name}, as asked")
     return path
+
+
+def final_config(cfg, n_epochs):
+    """The Config of a final fit of a stage, which ends after so many epochs."""
+    # Without validation no epoch is better than the one before: `patience` ends it.
+    return replace(cfg, exp_name=f"{cfg.exp_name}_final", patience=n_epochs)
+
+
+def refuse_other_kind(path, name):
+    """UserError where the folder of a final fit of a stage holds a run that is none."""
+    saved = None
+    with contextlib.suppress(UserError):  # a damaged run is named later
+        saved, _ = read_run(path)
+    if saved is not None and not saved["facts"].get("final"):
+        raise UserError(
+            f"{path} holds a run that is no final fit of {name}: rename one of them, or delete it"
+        )
 
 
 def with_validation_images(data):
@@ -7939,6 +8006,14 @@ def save_checkpoint(obj, path, keep_as=None):
         temporary.write_bytes(buffer.getbuffer())
 
 
+def is_of_the_system(error):
+    """Whether reading failed for the disk, the network or the memory, and not for the file."""
+    if isinstance(error, MemoryError):
+        return True
+    # A damaged file may ask for an impossible place in it, which is EINVAL.
+    return getattr(error, "errno", None) not in (None, 0, errno.EINVAL)
+
+
 def load_file(path):
     """torch.load with weights_only=True on the CPU: a file that would run code is refused.
 
@@ -7954,8 +8029,7 @@ def load_file(path):
         with torch.serialization.safe_globals(NUMPY_NUMBERS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds: pickle, zip, runtime, EOF
-        could_not_be_read = getattr(error, "errno", None) or isinstance(error, MemoryError)
-        if could_not_be_read:  # not the file's fault
+        if is_of_the_system(error):
             raise
         why = "it is damaged or no torch file"
         # torch's words for a pickle that names a class or function that is not allowed.

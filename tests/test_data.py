@@ -5,6 +5,7 @@ Both layouts, every image mode, stray and damaged files, the cache.
 
 import os
 import shutil
+import struct
 import time
 import warnings
 from collections import Counter
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import save_picture
-from PIL import Image
+from PIL import Image, ImageOps
 
 import helpers as h
 
@@ -251,6 +252,40 @@ def test_exif_rotation_is_undone(tmp_path):
     exif[0x0112] = 6
     path = save_picture(tmp_path / "a.jpg", 1, (80, 40), exif=exif)
     assert h.open_image(path).size == (40, 80)
+
+
+def test_every_exif_turn_is_pils_own(tmp_path):
+    for orientation in range(10):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        path = save_picture(tmp_path / f"{orientation}.png", 1, (80, 40), exif=exif)
+        with Image.open(path) as image:
+            wanted = pixels_of(ImageOps.exif_transpose(image).convert("RGB"))
+        assert torch.equal(pixels_of(h.open_image(path)), wanted)
+
+
+def test_odd_exif_data_beside_good_pixels_does_no_harm(tmp_path, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = save_picture(tmp_path / "a.jpg", 1, (80, 40), exif=exif)
+
+    def fail(*args, **options):
+        raise struct.error("argument out of range")
+
+    # As entries that do not fit their type do where the data is written anew.
+    monkeypatch.setattr(Image.Exif, "tobytes", fail)
+    assert h.open_image(path).size == (40, 80)
+    # As those do that cannot even be read.
+    monkeypatch.setattr(Image.Image, "getexif", fail)
+    assert h.open_image(path).size == (80, 40)
+
+
+def test_a_picture_of_16_bit_is_turned_too(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.arange(80 * 40, dtype=np.uint16).reshape(40, 80)
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    assert h.open_image(tmp_path / "a.png").size == (40, 80)
 
 
 def test_a_decompression_bomb_is_refused_by_name(tmp_path, monkeypatch):

@@ -207,6 +207,21 @@ def test_a_picture_that_cannot_be_read_now_stops_and_is_not_remembered_as_broken
     assert len(h.load_data(h.find_data(food), "training", "whole", 72)) == 22
 
 
+def test_a_picture_that_asks_for_an_impossible_place_in_its_file_is_a_damaged_one(
+    food, monkeypatch, capsys
+):
+    original = h.Image.open
+
+    def seeks(path, **options):
+        if str(path).endswith("3_1.jpg"):
+            raise OSError(22, "Invalid argument")
+        return original(path, **options)
+
+    monkeypatch.setattr(h.Image, "open", seeks)
+    assert len(h.load_data(h.find_data(food), "training", "whole", 72)) == 21
+    assert "left out" in capsys.readouterr().out
+
+
 def test_damaged_pictures_are_said_at_every_use_and_a_cache_of_zeros_is_made_again(food, capsys):
     (food / "training/3_1.jpg").write_bytes(b"no picture")
     (food / "evaluation/0001.jpg").write_bytes(b"no picture")
@@ -678,6 +693,16 @@ def test_a_run_begun_without_the_input_does_not_hide_it(kaggle, capsys):
     assert "goes on after epoch 3 from" in capsys.readouterr().out
 
 
+def test_evaluation_images_are_no_part_of_what_a_run_remembers(food, tmp_path, capsys):
+    """Not by the words for the data either, which tell whether one is missing."""
+    data = h.find_data(food)
+    simple_stage(data, tmp_path)
+    said_otherwise = dataclasses.replace(data, origin="own photographs, all of them")
+    capsys.readouterr()
+    simple_stage(said_otherwise, tmp_path)
+    assert "finished before, loaded" in capsys.readouterr().out
+
+
 def test_an_earlier_session_with_other_settings_is_ignored_and_said(kaggle, capsys):
     data = h.find_data()
     simple_stage(data, lr=0.5)
@@ -816,6 +841,29 @@ def test_the_final_fit_repeats_a_stage_on_all_labelled_images(food, tmp_path, ca
     code = h.main(["evaluate", "--data", str(food), "--checkpoint", str(checkpoint)])
     assert code == 2
     assert "it has no validation accuracy" in capsys.readouterr().err
+
+
+def test_a_final_fit_replaces_no_run_that_is_none(food, tmp_path):
+    data = h.find_data(food)
+    named_like_it = simple_stage(data, tmp_path, exp_name="simple_final")
+    run = simple_stage(data, tmp_path)
+    before = h.state_checksum(named_like_it.student())
+    with pytest.raises(
+        h.UserError, match="simple_final holds a run that is no final fit of simple"
+    ):
+        h.final_fit(run, data, out=tmp_path)
+    assert (
+        h.state_checksum(simple_stage(data, tmp_path, exp_name="simple_final").student()) == before
+    )
+
+
+def test_names_that_would_meet_other_files_are_refused(food, tmp_path):
+    with pytest.raises(h.UserError, match="exp_name='submission': allowed is any other name"):
+        h.Config(exp_name="submission")
+    data = h.find_data(food)
+    with pytest.raises(h.UserError, match="at most 64"):  # with _final behind it
+        h.run(data, ["simple"], out=tmp_path, final="csv", **(SMALL | {"exp_name": "a" * 60}))
+    assert not list(tmp_path.glob("a*"))
 
 
 def test_the_final_fit_follows_a_stage_that_went_on_and_submits_nothing_unfinished(

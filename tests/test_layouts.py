@@ -365,6 +365,34 @@ def test_a_second_folder_of_a_split_and_a_doubled_one(food):
     assert h.read_folder(food).ids["evaluation"] == [f"{n:04d}" for n in range(5)]
 
 
+def test_a_doubled_folder_that_is_a_link_to_class_folders(food, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    for path in sorted((food / "training").iterdir()):
+        label, _, rest = path.name.partition("_")
+        (elsewhere / label).mkdir(parents=True, exist_ok=True)
+        path.rename(elsewhere / label / rest)
+    (food / "training/images").symlink_to(elsewhere, target_is_directory=True)
+    assert len(h.read_folder(food).files["training"]) == 22
+
+
+def test_a_picture_beside_the_data_does_not_hide_it(food):
+    save_picture(food.parent / "screenshot.png", 1)
+    data = h.read_folder(food.parent, needed=("evaluation",))
+    assert data.root == food
+    assert len(data.ids["evaluation"]) == 5
+    # Alone it is what is meant.
+    assert h.read_folder(food / "evaluation", needed=("evaluation",)).root == food / "evaluation"
+
+
+def test_the_folder_in_which_one_stands_is_a_folder_like_any_other(food, monkeypatch):
+    (food.parent / h.TEACHER_FILE).write_bytes(b"")
+    monkeypatch.chdir(food)
+    assert h.read_folder(".").teacher_path == food.parent / h.TEACHER_FILE
+    monkeypatch.chdir(food / "training")
+    with pytest.raises(h.UserError, match="Name the folder above it"):
+        h.read_folder(".")
+
+
 def test_an_unusable_split_that_is_not_needed_is_named(food):
     (food / "training/0_0.jpg").rename(food / "training/99_0.jpg")
     data = h.read_folder(food, needed=("evaluation",))
@@ -385,9 +413,11 @@ def test_other_spellings_here_and_on_kaggle_and_an_archive_beside_the_notebook(
     monkeypatch.chdir(here)
     assert h.find_data().root.name == "food11"
     shutil.rmtree("food11")
-    Path("food-11.zip").write_bytes(b"PK")
-    with pytest.raises(h.UserError, match="unpack it"):
-        h.find_data()
+    for packed in ("food-11.zip", "Food-11.tar.gz"):
+        Path(packed).write_bytes(b"PK")
+        with pytest.raises(h.UserError, match="unpack it"):
+            h.find_data()
+        Path(packed).unlink()
     (tmp_path / "k/working").mkdir(parents=True)
     shutil.copytree(food, tmp_path / "k/input/a/b")
     monkeypatch.setenv("HW13_KAGGLE", str(tmp_path / "k"))

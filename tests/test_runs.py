@@ -428,6 +428,65 @@ def test_facts_are_plain_values_that_a_file_gives_back(medium):
     assert stored["config"]["exp_name"] == "medium" and stored["processes"] == 1
 
 
+class Drops(MyNet):
+    """A student that draws random numbers while it learns."""
+
+    def forward(self, x):
+        return super().forward(F.dropout(x, 0.3, self.training))
+
+
+def test_a_student_with_dropout_learns_the_same_again_and_after_a_stop(food, tmp_path, tiny):
+    data = h.find_data(food)
+
+    def losses(folder, *lengths):
+        for n_epochs in lengths:
+            cfg = h.get_config("simple", **(tiny | {"n_epochs": n_epochs}))
+            run = h.run_stage(cfg, data, out=tmp_path / folder, student=Drops)
+            torch.rand(7)  # whatever else is drawn
+        return list(run.history["train_loss"])
+
+    whole = losses("whole", 3)
+    assert losses("again", 3) == whole
+    assert losses("stopped", 1, 3) == whole
+
+
+class Louder(nn.Module):
+    """A teacher of somebody's own."""
+
+    def __init__(self, net, factor):
+        super().__init__()
+        self.net = net
+        self.factor = factor
+
+    def forward(self, x):
+        return self.factor * self.net(x)
+
+
+def test_a_teachers_own_code_and_settings_count(food, teacher_file, tmp_path, tiny):
+    data = h.find_data(food)
+    net = h.load_teacher(teacher_file)
+    cfg = h.get_config("medium", **(tiny | {"teacher_views": 2}))
+    losses = []
+    for factor in (1.0, 30.0):
+        run = h.run_stage(cfg, data, h.freeze(Louder(net, factor)), tmp_path / str(factor))
+        losses.append(run.history["kl"].iloc[0])
+    assert losses[0] != losses[1]
+    with pytest.raises(h.UserError, match="the code or settings of the teacher .it has changed"):
+        h.run_stage(cfg, data, h.freeze(Louder(net, 2.0)), tmp_path / "1.0")
+
+
+def labels_last(cfg, progress):
+    return h.LossWeights(1.0, 1 - progress, 1.0)
+
+
+def test_n_epochs_does_not_grow_under_an_own_schedule(medium, food, teacher_file, tmp_path, tiny):
+    medium(loss_weights=labels_last)
+    cfg = h.get_config("medium", **(tiny | {"n_epochs": 5}))
+    teacher = h.load_teacher(teacher_file)
+    with pytest.raises(h.UserError, match="n_epochs 2 .now 5."):
+        h.run_stage(cfg, h.find_data(food), teacher, tmp_path, loss_weights=labels_last)
+
+
 def test_a_final_fit_wants_the_same_code(medium, food, teacher_file, tmp_path):
     run = medium(loss_fn_kd=my_loss)
     data = h.find_data(food)

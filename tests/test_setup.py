@@ -194,6 +194,10 @@ def test_parse_setting(text, value):
     assert h.parse_setting(text) == value
 
 
+def test_parse_setting_takes_a_list_in_brackets():
+    assert h.parse_setting("widths=[24,32,48]") == h.parse_setting("widths=24,32,48")
+
+
 @pytest.mark.parametrize(
     "text", ["n_epochs", "epochs=2", "n_epochs=two", "n_epochs=2.5", "=3", "lr=", "lr=__import__"]
 )

@@ -53,6 +53,8 @@ def test_the_first_of_equal_epochs_is_the_best_and_patience_counts_from_it():
 def test_learning_rate():
     constant = h.Config(lr=0.1)
     assert {h.learning_rate(constant, e) for e in (0, 3.3, 9.9)} == {0.1}
+    short = dataclasses.replace(constant, warmup_epochs=1e-4)
+    assert h.learning_rate(short, 0) == 0.1  # never more
     cosine = h.Config(lr=0.1, lr_schedule="cosine", warmup_epochs=2.0, n_epochs=10)
     values = [h.learning_rate(cosine, e / 10) for e in range(100)]
     assert (
