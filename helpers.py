@@ -2617,6 +2617,7 @@ def evaluation_mode(model):
         model.train(training)
 
 
+MODEL = "(model)"  # the name of a net itself among its layers
 HIDDEN = "(hidden)"  # the name of a layer that a net calls and does not know as its own
 
 
@@ -2632,9 +2633,20 @@ def check_no_hidden_layers(model, image_size):
         )
 
 
+@contextlib.contextmanager
+def every_layer_called():
+    """Without torch's fused attention for the block: in eval mode it calls none of its layers."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 def trace_calls(model, image_size):
     """[(name, output shape, own parameters)] for every call of a module that has parameters."""
-    names = {module: name or "(model)" for name, module in model.named_modules()}
+    names = {module: name or MODEL for name, module in model.named_modules()}
     calls = []
 
     def record(module, inputs, output):
@@ -2644,6 +2656,7 @@ def trace_calls(model, image_size):
             calls.append((names.get(module, HIDDEN), shape_without_batch(output), own))
 
     with (
+        every_layer_called(),
         evaluation_mode(model) as device,
         # For all modules there are, so that one which the net holds in a plain list is seen too.
         nn.modules.module.register_module_forward_hook(record),
@@ -2688,7 +2701,7 @@ def macs_by_module(model, image_size):
     torch counts the operations of convolutions and matrix products: two to a multiply-add.
     """
     counter = FlopCounterMode(display=False)
-    with evaluation_mode(model) as device, counter:
+    with every_layer_called(), evaluation_mode(model) as device, counter:
         model(torch.zeros(1, 3, image_size, image_size, device=device))
     macs = {}
     for name, operations in counter.get_flop_counts().items():
@@ -2717,11 +2730,13 @@ def layer_table(model, image_size=224):
     A row is a layer, or a block of layers (layer1.0, layer1.1, ...).
     """
     macs = macs_by_module(model, image_size)
+    own_macs = without_children(macs)
     rows = []
     for name, shape, parameters in trace_calls(model, image_size):
         output = " x ".join(map(str, shape))
-        # torch has no entry for what is no convolution or product, batch norm for example.
-        rows.append((name, output, parameters, macs.get(name, 0)))
+        # Those of all calls stand at the first. There are none for what is no convolution or
+        # product, batch norm for example.
+        rows.append((name, output, parameters, own_macs.pop(name, 0)))
     frame = pd.DataFrame(rows, columns=["layer", "output", "parameters", "multiply-adds"])
     # "layer1.0.expand.0" belongs to the block "layer1.0".
     block = frame["layer"].str.split(".").str[:2].str.join(".")
@@ -2729,8 +2744,17 @@ def layer_table(model, image_size=224):
     frame = frame.groupby(block, sort=False).agg(
         {"output": "last", "parameters": "sum", "multiply-adds": "sum"}
     )
-    frame.loc["all"] = ["", frame["parameters"].sum(), frame["multiply-adds"].sum()]
+    frame.loc["all"] = ["", frame["parameters"].sum(), macs[""]]
     return frame
+
+
+def without_children(macs):
+    """{module's name: multiply-adds} as `macs_by_module` gives them, less those of its children."""
+    own = {}
+    for name, count in macs.items():
+        inside = [other for other in macs if other and other.rpartition(".")[0] == name]
+        own[name or MODEL] = count - sum(macs[other] for other in inside if other != name)
+    return own
 
 
 # ==================================================================================================
@@ -5573,6 +5597,11 @@ def train_in_turn(prepared):
     if taught:
         _, valid = taught[0].decode()
         introduce_teacher(taught[0].loss_fn.teacher, valid)
+    # All of them now: stopped on the way, the same call without --fresh finds nothing old.
+    for stage in prepared:
+        if stage.folder.fresh:
+            with stage.folder.lock():
+                stage.folder.clear()
     runs = []
     for stage in prepared:
         runs.append(stage.train())
@@ -6133,7 +6162,7 @@ def stage_style(name, number=0):
 
 
 def styles_of(names):
-    """{name: style} of the lines of one figure, in which no two names look alike."""
+    """{name: style} of one figure's lines. No two stages look alike, nor do four other names."""
     others = [name for name in names if name not in STAGE_STYLES]
     styles = {name: stage_style(name) for name in names if name in STAGE_STYLES}
     return styles | {name: stage_style(name, number) for number, name in enumerate(others)}
@@ -6458,9 +6487,14 @@ def plot_loss_terms(run):
         upper.plot(weights[term], ls=line, color=color, lw=2.5, label=name)
         lower.plot(weights[term] * history[term], ls=line, color=color, lw=2.5, label=name)
         changes.append(f"{name} from {weights[term].iloc[0]:.2g} to {weights[term].iloc[-1]:.2g}")
+    own = []  # what the terms and weights, which are this module's, do not show
+    for function in (loss_fn_kd, loss_weights):
+        if run.facts.get(function.__name__) not in (None, code_fingerprint(function)):
+            own.append(function.__name__)
     name = "the loss"
-    if run.facts.get("loss_fn_kd") not in (None, code_fingerprint(loss_fn_kd)):
-        name = "the loss, with your own loss_fn_kd in it"  # the terms are this module's
+    if own:
+        name = f"the loss, with your own {' and '.join(own)}"
+        figure.describe(f"Terms and weights are not those of your own {' and '.join(own)}")
     lower.plot(loss, color=TEACHER_COLOR, lw=1, label=name)
     upper.set_ylabel("weight", fontsize=11)
     lower.set_ylabel("weight x term", fontsize=11)
@@ -6915,15 +6949,16 @@ def stage_table(runs, guesses=None):
     guesses: {stage: accuracy guessed before it ran}, which become a column.
     """
     rows = []
-    above = None
+    above = None  # the run in the row above
     for run in runs:
         error = standard_error(run.valid_acc, run.n_valid)
+        comparable = above is not None and have_same_images(above, run)
         row = {
             "stage": run.label,
             # First what is compared, so that it is on a narrow screen too.
             "accuracy": round(run.valid_acc, 4),
             "+- s.e.": round(error, 4),
-            **difference_to(above, run.correct),
+            **difference_to(above.correct if comparable else None, run.correct),
             "parameters": run.n_params,
             "multiply-adds (M)": round(run.macs / 1e6, 1),
             "epochs": len(run.history),
@@ -6932,8 +6967,15 @@ def stage_table(runs, guesses=None):
         if guesses:
             row["guess"] = guesses.get(run.name, "none")
         rows.append(row)
-        above = run.correct
+        above = run
     return pd.DataFrame(rows).set_index("stage")
+
+
+def have_same_images(run, other):
+    """Whether two Runs were validated on the same images."""
+    facts = ("validation_files", "validation_contents")
+    is_same = all(run.facts.get(fact) == other.facts.get(fact) for fact in facts)
+    return is_same and run.n_valid == other.n_valid
 
 
 def accuracy_table(labels, predictions, caption):
@@ -6954,11 +6996,8 @@ def accuracy_table(labels, predictions, caption):
 
 
 def difference_to(above, correct):
-    """The two columns of a row that compare it, (N,) bool, with the row above; empty without one.
-
-    Rows on other images than those above are not compared.
-    """
-    if above is None or len(above) != len(correct):
+    """The columns of a row that compare it, (N,) bool, with the row above; empty without one."""
+    if above is None:
         return {"- row above": "", "its +- s.e.": ""}
     difference, error = paired_difference(correct, above)
     return {"- row above": f"{difference:+.4f}", "its +- s.e.": f"{error:.4f}"}
@@ -7745,13 +7784,14 @@ def progress_bar(total, desc, initial=0):
     widgets are lost when the notebook is rendered.
     """
     options = {"total": total, "desc": desc, "initial": initial, "unit": "img", "mininterval": 0.5}
-    options["disable"] = not is_first_process()
+    # pythonw, or a shell's 2>&-, leaves no stderr.
+    options["disable"] = not is_first_process() or sys.stderr is None
     if in_notebook():
         # The bar's text goes through status_printer; tqdm's own output goes nowhere.
         return CellBar(file=io.StringIO(), ascii=False, ncols=120, **options)
     if FOR_NOTEBOOK in os.environ:  # the notebook reads it and redraws it
         return tqdm(file=sys.stdout, ncols=120, **options)
-    if not sys.stderr.isatty():  # a log file: a line every half a minute
+    if sys.stderr and not sys.stderr.isatty():  # a log file: a line every half a minute
         options["mininterval"] = 30.0
     return tqdm(file=sys.stderr, dynamic_ncols=True, **options)
 

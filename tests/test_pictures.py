@@ -134,7 +134,7 @@ def test_the_parts_in_the_picture_of_the_loss_make_up_the_loss_that_was_trained(
     # With another loss the three do not make it up, and that is said.
     run.facts = {"loss_fn_kd": "other code"}
     labels = [line.get_label() for line in h.plot_loss_terms(run).axes[1].lines]
-    assert labels[-1] == "the loss, with your own loss_fn_kd in it"
+    assert labels[-1] == "the loss, with your own loss_fn_kd"
 
 
 def test_the_picture_of_a_loss_of_labels_alone_has_one_term(food, tiny):
@@ -158,6 +158,35 @@ def test_a_run_whose_time_ended_before_its_first_epoch_has_no_terms_to_show(
     monkeypatch.delenv("HW13_STRICT")
     assert h.plot_loss_terms(run) is None
     assert "Not shown, and the run goes on: boss (unfinished" in capsys.readouterr().out
+
+
+def test_the_picture_of_a_loss_says_where_it_shows_another_schedule(food, tiny):
+    run = a_run(food, "x", None)
+    run.cfg = h.get_config("boss", **tiny)
+    run.history["ce"] = [2.0, 1.0]
+    run.facts = {"loss_fn_kd": h.code_fingerprint(h.loss_fn_kd), "loss_weights": "other code"}
+    figure = h.plot_loss_terms(run)
+    assert figure.axes[1].lines[-1].get_label() == "the loss, with your own loss_weights"
+    assert "not those of your own loss_weights" in figure.alt_text
+
+
+def test_the_confusion_matrix_has_true_classes_as_rows():
+    labels = torch.tensor([2, 2, 2, 5])
+    classes = torch.tensor([2, 7, 7, 5])
+    ax = h.plot_confusion(labels, classes, "x").axes[0]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("predicted", "true")
+    # Of class 2 two pictures are taken for 7: column 7 of row 2.
+    counts = {text.get_position(): text.get_text() for text in ax.texts}
+    assert counts == {(2, 2): "1", (7, 2): "2", (5, 5): "1"}
+    assert ax.images[0].get_array()[2, 7] == pytest.approx(2 / 3)
+
+
+def test_runs_on_other_images_are_not_compared(food):
+    runs = [a_run(food, "x", None) for _ in range(3)]
+    for run, contents in zip(runs, ("a", "a", "b"), strict=True):
+        run.facts = {"validation_contents": contents}
+    table = h.stage_table(runs)
+    assert table["- row above"].tolist() == ["", "+0.0000", ""]
 
 
 def a_figure():
@@ -305,6 +334,7 @@ def test_dwpw_arithmetic():
     table = h.dwpw_arithmetic(128, 256, 3, 14)
     assert table.loc["full convolution", "weights"] == 128 * 256 * 9
     assert table.loc["depthwise + pointwise", "weights"] == 128 * 9 + 128 * 256
+    assert table.loc["full convolution", "multiply-adds (M)"] == 57.80  # 14 * 14 * 128 * 256 * 9
     assert table.loc["depthwise + pointwise", "share of full"] == round(1 / 256 + 1 / 9, 3)
 
 
@@ -489,16 +519,33 @@ def test_structured_pruning_is_the_net_without_its_weakest_inner_channels(resnet
     assert pruned.layer1[0].conv1.weight.shape[0] == 32
 
 
-def test_temperature_table(food, teacher_file, tiny):
+def test_temperature_table(food, teacher_file, tiny, monkeypatch):
+    asked = []
+    loss_fn_kd = h.loss_fn_kd
+
+    def noted(student_logits, labels, teacher_logits, alpha, temperature):
+        asked.append(temperature)
+        return loss_fn_kd(student_logits, labels, teacher_logits, alpha, temperature)
+
+    monkeypatch.setattr(h, "loss_fn_kd", noted)
     data = h.find_data(food)
     cfg = h.get_config("medium", **tiny)
     teacher = h.load_teacher(teacher_file)
     table = h.temperature_table(cfg, (1, 4), data, teacher, torch.device("cpu"), n_epochs=1)
     assert table.index.tolist() == [1, 4]
+    assert set(asked) == {1, 4}
     assert table["accuracy"].between(0, 1).all()
 
 
-def test_pruning_table(food, teacher_file, tiny):
+def test_pruning_table(food, teacher_file, tiny, monkeypatch):
+    scored = []  # the weights of each net that is scored
+    evaluate = h.evaluate
+
+    def noted(net, loader):
+        scored.append(sum(int((p != 0).sum()) for p in net.parameters()))
+        return evaluate(net, loader)
+
+    monkeypatch.setattr(h, "evaluate", noted)
     cfg = h.get_config("medium", **tiny)
     teacher = h.load_teacher(teacher_file)
     _, valid_loader = h.build_loaders(cfg, h.find_data(food), torch.device("cpu"))
@@ -507,6 +554,9 @@ def test_pruning_table(food, teacher_file, tiny):
     assert table["weights (M)"].loc[0.0].round(1).tolist() == [11.2, 11.2]
     assert table["accuracy"].loc[0.0].nunique() == 1
     assert (table["weights (M)"].loc[0.9] < 3).all()
+    # The first is the model itself; the rest are what the table tells of.
+    told = table["weights (M)"][["unstructured", "structured"]].to_numpy().flatten()
+    assert [round(n / 1e6, 3) for n in scored[1:]] == told.tolist()
 
 
 def test_the_cell_with_the_module_is_folded_in_jupyter_and_on_kaggle():

@@ -125,6 +125,40 @@ def test_a_loop_by_hand_refuses_other_images_too(food, tmp_path):
         by_hand()
 
 
+def test_the_best_stage_is_submitted_not_the_first(food, tmp_path):
+    data = h.find_data(food)
+    runs = h.run(data, ["simple"], out=tmp_path, **SMALL)
+    runs += h.run(data, ["simple"], out=tmp_path, **(SMALL | {"exp_name": "other"}))
+    classes = torch.arange(5)
+    for run, n_right in zip(runs, (1, 9), strict=True):
+        run.correct = torch.arange(11) < n_right
+        h.write_submission(run.csv, data.ids["evaluation"], (classes + n_right) % 11)
+    h.write_best(runs, data, tmp_path)
+    assert (tmp_path / "submission.csv").read_text() == (tmp_path / "other.csv").read_text()
+    assert (tmp_path / "simple.csv").read_text() != (tmp_path / "other.csv").read_text()
+
+
+def test_fresh_forgets_all_stages_before_the_first_one_trains(food, tmp_path, monkeypatch):
+    """So that the same call without it, after a stop, finds nothing old."""
+    data = h.find_data(food)
+    for stage in ("simple", "other"):
+        h.run(data, ["simple"], out=tmp_path, **(SMALL | {"exp_name": stage}))
+    prepared = [
+        h.prepare_stage(
+            h.get_config("simple", **(SMALL | {"exp_name": stage})), data, out=tmp_path, fresh=True
+        )
+        for stage in ("simple", "other")
+    ]
+
+    def stopped(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(h, "train_one_epoch", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        h.train_in_turn(prepared)
+    assert not (tmp_path / "other/last.ckpt").exists()
+
+
 def test_a_final_fit_of_other_images_is_made_again(food, tmp_path, capsys):
     def final(fresh=False):
         data = h.find_data(food)

@@ -243,6 +243,13 @@ def test_text_files_have_the_same_bytes_on_windows(tmp_path, monkeypatch):
     assert h.validate_submission(path, ["0000", "é"]) == 2
 
 
+def test_without_stderr_there_is_no_bar(monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)
+    with h.progress_bar(3, "decode") as bar:
+        bar.update()
+    assert bar.disable
+
+
 def test_a_drive_that_is_not_there_is_said(monkeypatch):
     """Its root is its own parent, and is not there either."""
     monkeypatch.setattr(Path, "exists", lambda self: False)

@@ -205,6 +205,55 @@ def test_layer_table_adds_up():
     table = h.layer_table(h.build_student(h.Config(student="dwpw")), 224)
     assert table.loc["all", "parameters"] == 58_235 == table["parameters"][:-1].sum()
     assert table.loc["stem.0", "multiply-adds"] == 112 * 112 * 48 * 147
+    macs = h.count_macs(h.build_student(h.Config(student="dwpw")), 224)
+    assert table.loc["all", "multiply-adds"] == macs == table["multiply-adds"][:-1].sum()
+
+
+class Thrice(nn.Module):
+    """One convolution called three times, in a block that has a parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        for _ in range(3):
+            x = x + self.scale * self.conv(x)
+        return x
+
+
+def test_multiply_adds_of_a_layer_count_at_each_call_and_at_no_block_around_it():
+    net = nn.Sequential(Thrice(), h.GlobalAvgPool(), nn.Linear(3, 11))
+    table = h.layer_table(net, 32)
+    conv = 3 * 32 * 32 * 3 * 3 * 9
+    assert table["multiply-adds"].to_dict() == {"0": 0, "0.conv": conv, "2": 33, "all": conv + 33}
+    assert table["parameters"].to_dict() == {"0": 1, "0.conv": 3 * 84, "2": 44, "all": 297}
+
+
+class Encodes(nn.Module):
+    """A transformer's block, called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 8, 8)
+        self.block = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.fc = nn.Linear(16, 11)
+
+    def forward(self, x):
+        pixels = self.conv(x).flatten(2).transpose(1, 2)  # (B, H W, 16)
+        return self.fc(self.block(self.block(pixels)).mean(1))
+
+
+def test_the_layers_of_a_transformers_block_are_counted_at_each_call():
+    net = Encodes()
+    block = sum(p.numel() for p in net.block.parameters())
+    once = sum(p.numel() for p in net.parameters())
+    # The output projection of torch's attention is used, but not called.
+    assert h.check_budget(net) == once + block - 2 * (16 * 16 + 16)
+    assert torch.backends.mha.get_fastpath_enabled()
+    # Four projections and the two linear layers, of 64 pixels in two blocks.
+    assert h.count_macs(net, 64) > 2 * 64 * (4 * 16 * 16 + 2 * 16 * 32)
 
 
 # --- the teacher ----------------------------------------------------------------------------------

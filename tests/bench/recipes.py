@@ -1123,12 +1123,19 @@ def compare(args):
     return frame.sort_values("accuracy", ascending=False)
 
 
+SCORED_ON = {
+    "half": "training images that were held out",
+    "once": "the validation images, once",
+    "best": "the validation images, best epoch",
+}
+
+
 def draw(frame, args):
     """A figure of accuracy against parameters, multiply-adds and processor time."""
     figure = plt.figure(figsize=(13, 4.5), dpi=80, layout="constrained")
     figure.suptitle(
         f"the photo set (not Food-11), {args.size} px, {args.epochs} epochs: "
-        "validation accuracy +- s.e."
+        f"accuracy +- s.e. on {SCORED_ON[args.scored]}"
     )
     axes = figure.subplots(1, 3, sharey=True)
     labels = {
@@ -1162,6 +1169,8 @@ def draw_recipes(ax, frame, column):
 def table(args):
     """Print the stored rows of one budget and draw them."""
     frame = compare(args)
+    if frame.empty:
+        sys.exit(f"no row of this budget is in {args.results}: {budget(args)}")
     print(frame.round(4).to_string())
     figure = draw(frame, args)
     figure.savefig(args.results / f"recipes-{budget_name(args)}.png")
