@@ -4827,10 +4827,15 @@ def train_epochs(state, train_loader, valid_loader, views, folder):
         while not is_finished(state.history, cfg):
             epoch = len(state.history)
             if time_is_up(cfg, state.history, loss_fn.device):
+                how_to_go_on = ""
+                if folder:
+                    how_to_go_on = (
+                        "; a new session goes on from there "
+                        "(on Kaggle: attach this one's output as an input)"
+                    )
                 say(
                     f"{cfg.exp_name}: ends after epoch {epoch} of {cfg.n_epochs}, for the "
-                    "session's time is nearly up; a new session goes on from there "
-                    "(on Kaggle: attach this one's output as an input)"
+                    f"session's time is nearly up{how_to_go_on}"
                 )
                 break
             start = time.perf_counter()
@@ -7053,7 +7058,8 @@ def gradient_sizes(student_logits, labels, teacher_logits, temperatures):
 def temperature_table(cfg, temperatures, data, teacher, device, n_epochs=10):
     """A DataFrame: validation accuracy +- standard error of short trainings.
 
-    They differ in their temperature alone. Nothing is written.
+    They differ in their temperature alone. Nothing is written. Raises UserError where the session's
+    time ends one too early to be compared.
     """
     train, valid = build_loaders(cfg, data, device)
     n_epochs = min(n_epochs, cfg.n_epochs)
@@ -7062,7 +7068,11 @@ def temperature_table(cfg, temperatures, data, teacher, device, n_epochs=10):
         short = replace(cfg, temperature=temperature, n_epochs=n_epochs)
         net = build_student(cfg)  # the same first weights each time
         loss_fn = DistillLoss(short, net, teacher).on(device)
-        fit(loss_fn, train, valid)
+        history = fit(loss_fn, train, valid)
+        if not is_finished(history, short):
+            raise UserError(
+                f"no time is left to compare temperatures: T = {temperature} ended early"
+            )
         logits, labels = predict_logits(net, valid)
         classes[temperature] = logits.argmax(1)
     return accuracy_table(labels, classes, "temperature")
@@ -7447,11 +7457,18 @@ def process_group():
         if device.type == "cuda":
             # gloo as well, by which objects in the CPU's memory are handed on.
             backend = "cpu:gloo,cuda:nccl"
-        torch.distributed.init_process_group(
-            backend,
-            timeout=datetime.timedelta(hours=12),  # the others wait while one decodes
-            device_id=device if device.type == "cuda" else None,
-        )
+        try:
+            torch.distributed.init_process_group(
+                backend,
+                timeout=datetime.timedelta(hours=12),  # the others wait while one decodes
+                device_id=device if device.type == "cuda" else None,
+            )
+        except RuntimeError as error:
+            why = str(error).splitlines()[0]
+            raise UserError(
+                f"the processes could not join ({why}); where a machine takes its own name for "
+                "127.0.1.1, set GLOO_SOCKET_IFNAME to its network interface"
+            ) from None
     yield
     # Not in a finally: a process that failed must end at once, so that torchrun ends the others.
     if torch.distributed.is_initialized():
@@ -7476,9 +7493,9 @@ def gpus_of_notebook(device):
 def processes_for(cfg, folder, device, fresh, own):
     """How many processes train a stage: one a GPU of a notebook's machine. What is special is said.
 
-    One alone where own code is handed in, which another process could not import from a notebook,
-    and where the run began so that the folder, or an attached one, holds: its batches would be cut
-    in other parts.
+    One alone where own code is handed in, which another process could not import from a notebook.
+    A run that lies in the folder, or in an attached one, goes on with as many as it began with: its
+    batches would be cut in other parts.
     """
     n = gpus_of_notebook(device)
     if n == 1:
@@ -7496,9 +7513,10 @@ def processes_for(cfg, folder, device, fresh, own):
         return n
     if is_finished(saved["history"], cfg):  # there is nothing to train
         return 1
-    if saved["facts"].get("processes") == 1:
-        say(f"{cfg.exp_name}: one of {n} GPUs trains, for the run began on one")
-        return 1
+    began_with = saved["facts"].get("processes", n)
+    if began_with < n:
+        say(f"{cfg.exp_name}: {began_with} of {n} GPUs at work, for the run began on so many")
+        return began_with
     return n
 
 
@@ -7546,7 +7564,10 @@ def train_in_processes(stage, n):
     if code != 0 and started:
         raise UserError(why)
     if code != 0:
-        say(f"{name}: {n} GPUs could not be started ({why}); one trains")
+        failed = f"{name}: {n} GPUs could not be started ({why})"
+        if not stage.folder.fresh and began_on_several(stage):
+            raise UserError(f"{failed}, and its run began on several: {cell_again(False)} to go on")
+        say(f"{failed}; one trains")
         # From here on it is a run of one process.
         stage.folder.facts["processes"] = 1
         return None
@@ -7555,6 +7576,13 @@ def train_in_processes(stage, n):
     saved = stage.folder.load()
     stage.student.load_state_dict(saved["best"])
     return saved["history"]
+
+
+def began_on_several(stage):
+    """Whether several processes began the run that a Stage would go on from."""
+    path = stage.folder.path
+    saved = longest_run([path, *attached_folders(path, stage.cfg)], stage.cfg)
+    return saved is not None and saved["facts"].get("processes", 1) > 1
 
 
 def give_cached_memory_back():
@@ -7603,6 +7631,8 @@ def job_command(job, n):
     """The command that trains a job on this machine with n processes."""
     # --standalone takes a free port, so two trainings on a machine do not meet.
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    # The machine's own name may mean nothing to itself, as in a container without a network.
+    launcher += ["--local-addr", "127.0.0.1"]
     module = str(Path(__file__).resolve())
     return [*launcher, "--nproc-per-node", str(n), module, "train", str(job)]
 

@@ -723,7 +723,7 @@ def test_an_earlier_session_on_one_gpu_is_gone_on_from_on_one(kaggle, monkeypatc
     capsys.readouterr()
     run = simple_stage(data)
     out = capsys.readouterr().out
-    assert "one of 2 GPUs trains, for the run began on one" in out
+    assert "1 of 2 GPUs at work, for the run began on so many" in out
     assert "goes on after epoch 2 from" in out
     assert len(run.history) == 4
 

@@ -227,6 +227,33 @@ def test_one_process_trains_where_several_cannot_and_says_why(
     assert len(run.history) == 3
     assert "could not be started" not in capsys.readouterr().out
 
+    # One that began on several is not thrown away where they cannot be started.
+    path = tmp_path / "medium/last.ckpt"
+    saved = torch.load(path, weights_only=True)
+    facts = json.loads(saved["facts"]) | {"processes": 2}
+    torch.save(saved | {"facts": json.dumps(facts)}, path)
+    before = path.read_bytes()
+    with pytest.raises(h.UserError, match="its run began on several: run this cell again"):
+        medium_stage(food, teacher_file, tmp_path, n_epochs=4)
+    assert path.read_bytes() == before
+
+
+def test_a_run_goes_on_with_as_many_processes_as_it_began_with(
+    food, teacher_file, tmp_path, monkeypatch, capsys
+):
+    """Two began it, and this machine has four GPUs."""
+    medium_stage(food, teacher_file, tmp_path, n_epochs=1)
+    path = tmp_path / "medium/last.ckpt"
+    saved = torch.load(path, weights_only=True)
+    facts = json.loads(saved["facts"]) | {"processes": 2}
+    torch.save(saved | {"facts": json.dumps(facts)}, path)
+    monkeypatch.setattr(h, "gpus_of_notebook", lambda device: 4)
+    cfg = h.Config(**(facts["config"] | {"n_epochs": 2}))
+    device = torch.device("cpu")
+    assert h.processes_for(cfg, tmp_path / "medium", device, False, {}) == 2
+    assert "2 of 4 GPUs at work" in capsys.readouterr().out
+    assert h.processes_for(cfg, tmp_path / "medium", device, True, {}) == 4  # it starts again
+
 
 def test_own_code_trains_in_the_notebooks_process(
     food, teacher_file, tmp_path, two_gpus, monkeypatch, capsys

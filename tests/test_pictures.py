@@ -537,6 +537,14 @@ def test_temperature_table(food, teacher_file, tiny, monkeypatch):
     assert table["accuracy"].between(0, 1).all()
 
 
+def test_no_temperatures_are_compared_where_the_time_is_up(food, teacher_file, tiny, monkeypatch):
+    cfg = h.get_config("medium", **(tiny | {"time_limit_h": 1e-9}))
+    teacher = h.load_teacher(teacher_file)
+    data = h.find_data(food)
+    with pytest.raises(h.UserError, match="no time is left to compare temperatures"):
+        h.temperature_table(cfg, (1, 4), data, teacher, torch.device("cpu"))
+
+
 def test_pruning_table(food, teacher_file, tiny, monkeypatch):
     scored = []  # the weights of each net that is scored
     evaluate = h.evaluate

@@ -41,7 +41,7 @@ def run_tests(args):
     """The tests that need neither jupyter nor photographs."""
     files = ("losses", "loader", "students", "training", "runs")
     paths = [str(ROOT / f"tests/test_{name}.py") for name in files]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", *paths]
+    command = [sys.executable, "-m", "pytest", "-q", *paths]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
     except subprocess.TimeoutExpired:
@@ -180,13 +180,14 @@ def parts_of_step(args):
     """Milliseconds of a step's parts, each alone."""
     loss_fn, batch, loader = prepared(args)
     rows = torch.arange(len(batch.labels))
+    draw = loader.draw_epoch()  # once an epoch, so it is no part of a step
 
     def in_precision(net):
         with torch.no_grad(), loss_fn._autocast(batch.images):
             net(batch.images)
 
     parts = {
-        "views": lambda: loader.views_of(rows),
+        "views": lambda: loader.views_of(rows, draw),
         "teacher": lambda: in_precision(loss_fn.teacher),
         "student forward": lambda: in_precision(loss_fn.student),
     }
