@@ -4912,8 +4912,8 @@ def plain_settings(module):
     """
     settings = {}
     for key, value in vars(module).items():
-        is_plain = isinstance(value, (bool, int, float, str, tuple))
-        if is_plain and not key.startswith("_") and key != "training":
+        is_setting = not key.startswith("_") and key != "training"
+        if is_setting and isinstance(value, PLAIN):
             settings[key] = repr(value)
     return settings
 
@@ -8149,6 +8149,8 @@ def kind_of_file(path):
 
 # --- fingerprints ---------------------------------------------------------------------------------
 
+PLAIN = (bool, int, float, str, tuple)  # the kinds of values that tell all of themselves as text
+
 
 def fingerprint(*parts):
     """A short hash of JSON-able values: for cache keys, and for whether two runs are the same."""
@@ -8332,7 +8334,7 @@ def plain_values(named):
     """
     values = []
     for name, value in named.items():
-        if isinstance(value, (bool, int, float, str, tuple)):
+        if isinstance(value, PLAIN):
             values.append(f"{name} = {value!r}")
         if isinstance(value, torch.Tensor):
             values.append(f"{name} = {value.dtype} {value.tolist()}")
