@@ -4908,11 +4908,12 @@ def layers_fingerprint(model):
 def plain_settings(module):
     """{name: text} of the numbers, texts and tuples among a module's attributes: its settings.
 
-    Private ones are torch's own, and `training` says what is done with the net just now.
+    Private ones are torch's own, `training` says what is done with the net just now, and `source`
+    where a teacher's weights came from.
     """
     settings = {}
     for key, value in vars(module).items():
-        is_setting = not key.startswith("_") and key != "training"
+        is_setting = not key.startswith("_") and key not in ("training", "source")
         if is_setting and isinstance(value, PLAIN):
             settings[key] = repr(value)
     return settings

@@ -471,6 +471,9 @@ def test_a_teachers_own_code_and_settings_count(food, teacher_file, tmp_path, ti
         run = h.run_stage(cfg, data, h.freeze(Louder(net, factor)), tmp_path / str(factor))
         losses.append(run.history["kl"].iloc[0])
     assert losses[0] != losses[1]
+    # Where its file lies is no setting.
+    moved = h.load_teacher(teacher_file.rename(tmp_path / "moved.ckpt"))
+    assert h.code_and_settings(moved) == h.code_and_settings(net)
     with pytest.raises(h.UserError, match="the code or settings of the teacher .it has changed"):
         h.run_stage(cfg, data, h.freeze(Louder(net, 2.0)), tmp_path / "1.0")
 
