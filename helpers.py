@@ -2752,8 +2752,8 @@ def without_children(macs):
     """{module's name: multiply-adds} as `macs_by_module` gives them, less those of its children."""
     own = {}
     for name, count in macs.items():
-        inside = [other for other in macs if other and other.rpartition(".")[0] == name]
-        own[name or MODEL] = count - sum(macs[other] for other in inside if other != name)
+        children = [other for other in macs if other and other.rpartition(".")[0] == name]
+        own[name or MODEL] = count - sum(macs[child] for child in children)
     return own
 
 
@@ -3174,15 +3174,14 @@ def alignment(student_maps, teacher_maps, weights, adapters):
     return total
 
 
-def missing_layers(model, layers, image_size):
-    """Those of the named layers that a model does not have, or does not call.
+def maps_it_has(model, layers, image):
+    """{layer: (1, C, H, W)} for an image, of those of the named layers that a model has and calls.
 
     A list of layers that forward loops over is not called as a whole, so it has no output.
     """
     names = dict(model.named_modules())
     there = [layer for layer in layers if layer in names]
-    maps = features_of(model, there, torch.zeros(1, 3, image_size, image_size))
-    return [layer for layer in layers if layer not in maps]
+    return features_of(model, there, image)
 
 
 def build_adapters(cfg, student, teacher, layers):
@@ -3192,14 +3191,14 @@ def build_adapters(cfg, student, teacher, layers):
     """
     # A forward pass tells the widths of any net, a learner's own too.
     image = torch.zeros(1, 3, cfg.image_size, cfg.image_size)
-    missing = missing_layers(student, layers, cfg.image_size)
+    # (1, C, H, W) for each layer, of which C is of use here.
+    ours = maps_it_has(student, layers, image)
+    missing = [layer for layer in layers if layer not in ours]
     if missing:
         raise UserError(
             f"{cfg.exp_name} aligns {', '.join(layers)}: the student has no {', '.join(missing)}; "
             "name its layers so and call each as a whole, or set align_weights=()"
         )
-    # (1, C, H, W) for each layer, of which C is of use here.
-    ours = features_of(student, layers, image)
     theirs = features_of(teacher, layers, image)
     adapters = nn.ModuleDict()
     with torch.random.fork_rng(devices=[]):
@@ -3440,6 +3439,14 @@ def check_same_device(given, wanted):
             )
 
 
+def check_unchanged(given, before, name):
+    """WrongAnswer where an answer has written to the logits that it was given."""
+    if not torch.equal(given, before):
+        raise WrongAnswer(
+            f"it changes {name} in place, which others read: write {name} / temperature, not /="
+        )
+
+
 def first_difference(given, wanted):
     """Where two {what: tensor} part first, in words."""
     for what, y in wanted.items():
@@ -3580,11 +3587,7 @@ def observe_soft_labels(function):
                 "it fails for the logits of one picture, (11,): "
                 "the classes are the last dimension, dim=-1"
             ) from None
-        if not torch.equal(given, case):
-            raise WrongAnswer(
-                "it changes the logits in place, which others read: write logits / temperature, "
-                "not /="
-            )
+        check_unchanged(given, case, "logits")
         at = f"{what} at T = {temperature:g}: one of them"
         seen[at] = as_tensor(soft, tuple(case.shape)).detach()
     return seen
@@ -3743,11 +3746,7 @@ def observe_kd(function):
         # A copy, by which writing in place is noticed.
         given = teacher.clone()
         value = function(student, labels, given, alpha, temperature)
-        if not torch.equal(given, teacher):
-            raise WrongAnswer(
-                "it changes teacher_logits in place, which others read: "
-                "write teacher_logits / temperature, not /="
-            )
+        check_unchanged(given, teacher, "teacher_logits")
         case = f"at alpha = {alpha}, T = {temperature:g}"
         gradients |= gradients_of(value, {f"the student's logits {case}": student})
         values[f"its value {case}"] = value.detach().float()
@@ -4892,6 +4891,11 @@ DATA_FACTS = {
 }
 
 
+def had_own(facts, function):
+    """Whether a run was trained with another function in the place of this one of the module."""
+    return facts.get(function.__name__) not in (None, code_fingerprint(function))
+
+
 def layers_fingerprint(model):
     """A hash of a net's layers and their settings, whatever their weights.
 
@@ -5163,9 +5167,7 @@ def check_folders(configs, data, out=None):
     """
     different = []
     for cfg in configs:
-        saved = None
-        with contextlib.suppress(UserError):  # damaged files are named when the stage is prepared
-            saved, _ = read_run(stage_folder(cfg, data, out))
+        saved = run_in(stage_folder(cfg, data, out))
         if saved is None:
             continue
         keys = different_settings(saved, cfg)
@@ -5197,9 +5199,9 @@ def settings_that_may_differ(saved, cfg):
     may_differ = set(BEHAVIOUR_KEYS)
     constant = cfg.lr_schedule == "constant" and cfg.loss_schedule == "constant"
     # An own loss_weights may move with the progress, whatever the config says.
-    standard = saved["facts"].get("loss_weights") in (None, code_fingerprint(loss_weights))
+    own_weights = had_own(saved["facts"], loss_weights)
     grows = saved["facts"]["config"].get("n_epochs", 0) < cfg.n_epochs
-    if constant and standard and grows:
+    if constant and grows and not own_weights:
         may_differ.add("n_epochs")
     return may_differ
 
@@ -5224,6 +5226,17 @@ def read_run(folder):
         first = next(iter(damaged.values()))
         raise UserError(f"{first}; {option('--fresh')} starts the run again")
     return None, damaged
+
+
+def run_in(folder):
+    """The checkpoint of a folder; None where there is none, or none that is whole.
+
+    Damaged files are named when the stage is prepared.
+    """
+    try:
+        return read_run(folder)[0]
+    except UserError:
+        return None
 
 
 def checked_checkpoint(path):
@@ -5605,7 +5618,7 @@ def train_in_turn(prepared):
         introduce_teacher(taught[0].loss_fn.teacher, valid)
     # All of them now: stopped on the way, the same call without --fresh finds nothing old.
     for stage in prepared:
-        if stage.folder.fresh:
+        if stage.folder.fresh and is_first_process():
             with stage.folder.lock():
                 stage.folder.clear()
     runs = []
@@ -5763,9 +5776,7 @@ def final_config(cfg, n_epochs):
 
 def refuse_other_kind(path, name):
     """UserError where the folder of a final fit of a stage holds a run that is none."""
-    saved = None
-    with contextlib.suppress(UserError):  # a damaged run is named later
-        saved, _ = read_run(path)
+    saved = run_in(path)
     if saved is not None and not saved["facts"].get("final"):
         raise UserError(
             f"{path} holds a run that is no final fit of {name}: rename one of them, or delete it"
@@ -6493,10 +6504,8 @@ def plot_loss_terms(run):
         upper.plot(weights[term], ls=line, color=color, lw=2.5, label=name)
         lower.plot(weights[term] * history[term], ls=line, color=color, lw=2.5, label=name)
         changes.append(f"{name} from {weights[term].iloc[0]:.2g} to {weights[term].iloc[-1]:.2g}")
-    own = []  # what the terms and weights, which are this module's, do not show
-    for function in (loss_fn_kd, loss_weights):
-        if run.facts.get(function.__name__) not in (None, code_fingerprint(function)):
-            own.append(function.__name__)
+    # What the terms and weights, which are this module's, do not show.
+    own = [f.__name__ for f in (loss_fn_kd, loss_weights) if had_own(run.facts, f)]
     name = "the loss"
     if own:
         name = f"the loss, with your own {' and '.join(own)}"
@@ -7509,7 +7518,7 @@ def processes_for(cfg, folder, device, fresh, own):
         return 1
     if fresh:
         return n
-    saved = longest_run([folder, *attached_folders(folder, cfg)], cfg)
+    saved = longest_run(folder, cfg)
     if saved is None:
         return n
     if is_finished(saved["history"], cfg):  # there is nothing to train
@@ -7521,17 +7530,16 @@ def processes_for(cfg, folder, device, fresh, own):
     return n
 
 
-def longest_run(folders, cfg):
-    """The checkpoint in these folders with most epochs under `cfg`'s settings, or None.
+def longest_run(folder, cfg):
+    """The checkpoint with most epochs under `cfg`'s settings, or None.
 
-    Of two alike the first counts.
+    Of a stage's folder and those that are attached for it; of two alike the first counts.
     """
     runs = []
-    for folder in folders:
-        with contextlib.suppress(UserError):  # a damaged run is named later
-            saved, _ = read_run(folder)
-            if saved is not None and not different_settings(saved, cfg):
-                runs.append(saved)
+    for place in (folder, *attached_folders(folder, cfg)):
+        saved = run_in(place)
+        if saved is not None and not different_settings(saved, cfg):
+            runs.append(saved)
     return max(runs, key=lambda saved: len(saved["history"]), default=None)
 
 
@@ -7581,8 +7589,7 @@ def train_in_processes(stage, n):
 
 def began_on_several(stage):
     """Whether several processes began the run that a Stage would go on from."""
-    path = stage.folder.path
-    saved = longest_run([path, *attached_folders(path, stage.cfg)], stage.cfg)
+    saved = longest_run(stage.folder.path, stage.cfg)
     return saved is not None and saved["facts"].get("processes", 1) > 1
 
 
@@ -8503,7 +8510,8 @@ class Answers:
     def has_layers(self, cfg):
         """Whether the learner's student has the layers that a stage aligns."""
         student = own_student(cfg, self.own["student"])
-        return not missing_layers(student, cfg.aligned_layers, cfg.image_size)
+        image = torch.zeros(1, 3, cfg.image_size, cfg.image_size)
+        return cfg.aligned_layers.keys() <= maps_it_has(student, cfg.aligned_layers, image).keys()
 
     def stage_table(self, runs):
         """`stage_table` with the guesses."""

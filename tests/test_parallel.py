@@ -209,6 +209,14 @@ def test_a_stage_of_the_notebook_trains_on_all_gpus_is_stopped_and_goes_on(
     assert len(medium_stage(food, teacher_file, tmp_path, n_epochs=n + 1).history) == n + 1
 
 
+def begun_by_two(path):
+    """Make a checkpoint say that two processes began its run; its facts."""
+    saved = torch.load(path, weights_only=True)
+    facts = json.loads(saved["facts"]) | {"processes": 2}
+    torch.save(saved | {"facts": json.dumps(facts)}, path)
+    return facts
+
+
 def test_one_process_trains_where_several_cannot_and_says_why(
     food, teacher_file, tmp_path, two_gpus, monkeypatch, capsys
 ):
@@ -229,9 +237,7 @@ def test_one_process_trains_where_several_cannot_and_says_why(
 
     # One that began on several is not thrown away where they cannot be started.
     path = tmp_path / "medium/last.ckpt"
-    saved = torch.load(path, weights_only=True)
-    facts = json.loads(saved["facts"]) | {"processes": 2}
-    torch.save(saved | {"facts": json.dumps(facts)}, path)
+    begun_by_two(path)
     before = path.read_bytes()
     with pytest.raises(h.UserError, match="its run began on several: run this cell again"):
         medium_stage(food, teacher_file, tmp_path, n_epochs=4)
@@ -243,10 +249,7 @@ def test_a_run_goes_on_with_as_many_processes_as_it_began_with(
 ):
     """Two began it, and this machine has four GPUs."""
     medium_stage(food, teacher_file, tmp_path, n_epochs=1)
-    path = tmp_path / "medium/last.ckpt"
-    saved = torch.load(path, weights_only=True)
-    facts = json.loads(saved["facts"]) | {"processes": 2}
-    torch.save(saved | {"facts": json.dumps(facts)}, path)
+    facts = begun_by_two(tmp_path / "medium/last.ckpt")
     monkeypatch.setattr(h, "gpus_of_notebook", lambda device: 4)
     cfg = h.Config(**(facts["config"] | {"n_epochs": 2}))
     device = torch.device("cpu")
