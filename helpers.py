@@ -3540,7 +3540,13 @@ def gradients_of(value, inputs):
 # The soft labels.
 
 # power: the logits are multiplied by T to this power. dim: of the softmax.
-RIGHT_SOFT_LABELS = {"power": -1, "dim": -1, "log": False, "divides_after": False}
+RIGHT_SOFT_LABELS = {
+    "power": -1,
+    "dim": -1,
+    "log": False,
+    "divides_after": False,
+    "overflows": False,
+}
 
 SOFT_LABEL_MISTAKES = {
     "the logits are multiplied by the temperature: divide by it": {"power": 1},
@@ -3551,29 +3557,43 @@ SOFT_LABEL_MISTAKES = {
         "power": 0,
         "divides_after": True,
     },
+    "exp overflows for very large logits: F.softmax does not, nor does exp "
+    "if the largest logit is subtracted first": {"overflows": True},
+    "the softmax does not say over which dimension: the classes are the last one, dim=-1": {
+        "dim": "left out"
+    },
 }
 
 
 def soft_labels_variant(logits, temperature, **changes):
     """soft_labels with some of RIGHT_SOFT_LABELS changed."""
     choices = choices_of(RIGHT_SOFT_LABELS, changes)
+    dim = choices.dim
+    if dim == "left out":
+        # What torch takes then.
+        dim = 0 if logits.ndim in (1, 3) else 1
+    scaled = logits.float() * temperature**choices.power
     # The exponential of the log-softmax, so that to leave it out is a choice.
-    soft = F.log_softmax(logits.float() * temperature**choices.power, choices.dim)
+    soft = F.log_softmax(scaled, dim)
     if not choices.log:
         soft = soft.exp()
+    if choices.overflows:
+        soft = scaled.exp() / scaled.exp().sum(dim, keepdim=True)
     if choices.divides_after:
         soft = soft / temperature
     return soft
 
 
 def observe_soft_labels(function):
-    """The soft labels of a batch, of one picture, and of logits so large that exp overflows."""
+    """The soft labels of a batch, one picture, two batches, and logits for which exp overflows."""
     logits = 3 * torch.randn(6, NUM_CLASSES, generator=torch.Generator().manual_seed(0))
     logits = logits.to(pick_device())
-    # (6, 11), (11,) and (6, 11): dim=1 fails on the second, a bare exp overflows on the third.
+    # (6, 11), (11,), (2, 3, 11) and (6, 11): dim=1 fails on the second, no dim at all means
+    # another one for the third, and a bare exp overflows on the last.
     cases = {
         "the soft labels of a batch": (logits, 4.0),
         "those of one picture": (logits[0], 2.0),
+        "those of two batches": (logits.reshape(2, 3, NUM_CLASSES), 3.0),
         "those of very large logits": (300 * logits, 1.0),
     }
     seen = {}
@@ -4274,6 +4294,7 @@ def check_loss_weights(answer):
 RIGHT_LOOP = {
     "epochs": "all",
     "sets_epoch": True,
+    "first_epoch": 0,
     "trains": True,
     "softmax": False,
     "clears": "each batch",
@@ -4301,6 +4322,9 @@ LOOP_MISTAKES = {
     "the gradients are not clipped to cfg.grad_norm_max": {"clips": False},
     "the student stays in evaluation mode: call student.train()": {"trains": False},
     "every epoch shows the same views: call train_loader.set_epoch(epoch)": {"sets_epoch": False},
+    "epochs count from 1: train_loader.set_epoch(0) comes first, else its views are others": {
+        "first_epoch": 1
+    },
     "the learning rate is not cfg.lr": {"settings": {"lr": 1e-3}},
     "the weight decay is not cfg.weight_decay": {"settings": {"weight_decay": 0.0}},
     "learning rate and weight decay are not the config's": {
@@ -4325,7 +4349,7 @@ def loop_variant(student, train_loader, cfg, **changes):
         if choices.clears == "each epoch":
             optimizer.zero_grad()
         if choices.sets_epoch:
-            train_loader.set_epoch(epoch)
+            train_loader.set_epoch(choices.first_epoch + epoch)
         student.train(choices.trains)
         for images, labels, *_ in train_loader:
             logits = student(images)
@@ -8361,15 +8385,17 @@ EXERCISES = {
     "training_loop": Exercise(
         loop_of_fit,
         check_training_loop,
-        "for each epoch choose its views with `train_loader.set_epoch(epoch)` and bring the "
-        "student into training mode; for each batch `images, labels, *_` work out the "
+        "for each epoch, counted from 0, choose its views with `train_loader.set_epoch(epoch)` "
+        "and bring the student into training mode; for each batch `images, labels, *_` work out the "
         "cross-entropy, clear the old gradients, go backward, clip with "
-        "`nn.utils.clip_grad_norm_`, and step.",
+        "`nn.utils.clip_grad_norm_`, and step. (The check trains a tiny net on made-up batches for "
+        "three epochs, so what your loop prints is seen twice.)",
     ),
     "soft_labels": Exercise(
         soft_labels,
         check_soft_labels,
-        "what is divided by what, and over which dimension do the probabilities add up to one?",
+        "what is divided by what, and over which dimension do the probabilities add up to one? "
+        "Logits may be so large that `exp` overflows: `F.softmax` copes with that.",
     ),
     "loss_fn_kd": Exercise(
         loss_fn_kd,

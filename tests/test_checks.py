@@ -264,11 +264,19 @@ def test_soft_labels_by_hand(said):
 
     verdict, text = said(h.check_soft_labels, by_hand)
     assert not verdict
-    assert "nan" in text
+    assert "exp overflows" in text
     assert said(h.check_soft_labels, lambda z, t: (z / t).softmax(-1))[0]
     assert said(h.check_soft_labels, lambda z, t: (z.double() / t).softmax(-1))[0]
     _, text = said(h.check_soft_labels, lambda z, t: (z / t).softmax(1))
     assert "dim=-1" in text
+
+
+@pytest.mark.filterwarnings("ignore:Implicit dimension choice")
+def test_soft_labels_without_a_dimension(said):
+    # Right for a batch, but for (2, 3, 11) torch takes the first dimension.
+    verdict, text = said(h.check_soft_labels, lambda z, t: F.softmax(z / t))
+    assert not verdict
+    assert "does not say over which dimension" in text
 
 
 class Block(nn.Module):
