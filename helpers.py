@@ -29,6 +29,7 @@ import csv
 import ctypes
 import dataclasses
 import datetime
+import dis
 import errno
 import functools
 import gc
@@ -390,6 +391,8 @@ class Config:
 
 def allowed_value(f, value):
     """The value of Config field `f` in the type of its default, or UserError."""
+    if isinstance(value, np.generic):  # as a loop over np.arange gives them
+        value = value.item()
     kind = type(f.default)
     choices = f.metadata["choices"]
     if kind is str:
@@ -717,7 +720,8 @@ def find_data(root=None):
     """The FoodData to work on, or None where there is none.
 
     Looks, in this order, at: `root`; the variable HW13_DATA; every folder under /kaggle/input that
-    holds the splits (the competition's own before a public copy); Food-11 here or in data/.
+    holds the splits (the competition's own before a public copy); Food-11 here, in data/ or in a
+    folder that is called as the competition.
     Raises UserError where the folder is not usable, and on Kaggle where no input is attached.
     """
     named = root or os.environ.get("HW13_DATA")
@@ -732,14 +736,19 @@ def find_data(root=None):
             f"no Food-11 under {kaggle_root() / 'input'}: press 'Add Input', attach the "
             f"competition '{COMPETITION}' (or a public copy of Food-11) and run again"
         )
-    nearby = [*food_folders(Path()), *food_folders(Path("data"))]
+    # The last is what the competition's own archive is called, unpacked into a folder of its name.
+    places = (Path(), Path("data"), Path(COMPETITION))
+    nearby = [found for place in places for found in food_folders(place)]
     if nearby:
         return read_folder(nearby[0])
     return None
 
 
 def food_folders(folder):
-    """What is called Food-11 in a folder, that very spelling first: folders, then archives."""
+    """What is called Food-11 in a folder, that very spelling first: folders, then archives.
+
+    An archive may also be called after the competition, as Kaggle names it.
+    """
     if not folder.is_dir():
         return []
     folders = []
@@ -748,7 +757,10 @@ def food_folders(folder):
     for path in sorted(folder.iterdir(), key=lambda path: (path.name != "Food-11", path.name)):
         if path.is_dir() and letters_and_digits(path.name) == "food11":
             folders.append(path)
-        elif is_archive(path) and letters_and_digits(path.stem.removesuffix(".tar")) == "food11":
+        elif is_archive(path) and letters_and_digits(path.stem.removesuffix(".tar")) in (
+            "food11",
+            letters_and_digits(COMPETITION),
+        ):
             archives.append(path)
     return folders + archives
 
@@ -1303,7 +1315,7 @@ def origin_of(data):
         return known.name
     if data.has_evaluation_labels:
         return "pictures named as in Food-11's original distribution (not the homework's split)"
-    return "own photographs (not Food-11)"
+    return "photographs of no known set (not the homework's Food-11)"
 
 
 def known_set(data):
@@ -1946,10 +1958,23 @@ def make_demo_data(seed=0):
     name = fingerprint(DEMO_VERSION, per_class, seed)
     # In a folder of its own, for the teacher's pictures lie beside Food-11.
     root = cache_root() / f"demo-{name}" / "Food-11"
-    if not root.is_dir() and is_first_on_node():
+    if is_first_on_node() and not is_whole_demo_set(root, per_class):
+        # What is left of one that lost files, as cleaners of temporary folders take them.
+        shutil.rmtree(root.parent, ignore_errors=True)
         draw_demo_set(root, per_class, seed)
     barrier()
     return read_folder(root)
+
+
+def is_whole_demo_set(root, per_class):
+    """Whether a folder holds all pictures of a drawn demo set, the teacher's too, and its mark."""
+    folders = [root / split for split in SPLITS]
+    folders.append(root.parent / DEMO_TEACHER_FOLDER)
+    for folder in folders:
+        wanted = NUM_CLASSES * per_class[folder.name]
+        if not folder.is_dir() or len(files_in(folder)) < wanted:
+            return False
+    return (root / DEMO_MARK).is_file()
 
 
 def with_teacher_pictures(data):
@@ -2618,7 +2643,7 @@ def evaluation_mode(model):
 
 
 MODEL = "(model)"  # the name of a net itself among its layers
-HIDDEN = "(hidden)"  # the name of a layer that a net calls and does not know as its own
+HIDDEN_LAYER = "(hidden)"  # the name of a layer that a net calls and does not know as its own
 
 
 def check_no_hidden_layers(model, image_size):
@@ -2626,10 +2651,26 @@ def check_no_hidden_layers(model, image_size):
 
     An optimizer does not see such layers, and a state dict does not hold them.
     """
-    if any(name == HIDDEN for name, _, _ in trace_calls(model, image_size)):
+    if any(name == HIDDEN_LAYER for name, _, _ in trace_calls(model, image_size)):
         raise UserError(
             "the student calls layers that are not its own, so they are neither trained nor saved: "
             "hold them in an nn.ModuleList or nn.Sequential, not in a plain list"
+        )
+
+
+def check_answers(net, image_size, what):
+    """UserError unless a net gives each image eleven logits. what: the net, as a sentence has it.
+
+    Asked before pictures are decoded: on a GPU a label without a logit ends the whole program.
+    """
+    with evaluation_mode(net) as device:
+        logits = net(torch.zeros(2, 3, image_size, image_size, device=device))
+    if not isinstance(logits, torch.Tensor):
+        raise UserError(f"{what} returns {kind_of(logits)}, where logits are wanted, a tensor")
+    if tuple(logits.shape) != (2, NUM_CLASSES):
+        raise UserError(
+            f"{what} gives two images answers of the shape {tuple(logits.shape)}, "
+            f"where {NUM_CLASSES} logits each are wanted, {(2, NUM_CLASSES)}"
         )
 
 
@@ -2653,7 +2694,7 @@ def trace_calls(model, image_size):
         # The children's parameters are counted at the children's own calls.
         own = sum(p.numel() for p in module.parameters(recurse=False))
         if own:
-            calls.append((names.get(module, HIDDEN), shape_without_batch(output), own))
+            calls.append((names.get(module, HIDDEN_LAYER), shape_without_batch(output), own))
 
     with (
         every_layer_called(),
@@ -4765,6 +4806,7 @@ def fit(loss_fn, train_loader, valid_loader, folder=None):
     cfg = loss_fn.cfg
     refuse_evaluation(train_loader)
     refuse_evaluation(valid_loader)
+    refuse_other_views(train_loader, cfg)
     if cfg.teacher_views and not isinstance(train_loader, BatchLoader):
         raise UserError(
             "teacher_views wants a BatchLoader: a DataLoader's views cannot be replayed"
@@ -4803,6 +4845,23 @@ def fit(loss_fn, train_loader, valid_loader, folder=None):
             # After an error too: the caller's net is the best one in any case.
             loss_fn.student.load_state_dict(state.best)
     return state.history
+
+
+def refuse_other_views(loader, cfg):
+    """UserError where a BatchLoader was made for a config with other batches or views than `cfg`.
+
+    The run's facts would tell of settings that it was not trained with.
+    """
+    if not isinstance(loader, BatchLoader):
+        return
+    # `teacher_views` chooses the epoch that is shown.
+    names = ("image_size", "batch_size", "seed", "teacher_views", *VIEW_SETTINGS)
+    other = [name for name in names if getattr(loader.cfg, name) != getattr(cfg, name)]
+    if other:
+        raise UserError(
+            f"{cfg.exp_name}: the training loader was made for another config; different are "
+            f"{', '.join(other)}: hand this config to build_loaders"
+        )
 
 
 def say_how_to_go_on(cfg, history, folder):
@@ -4893,17 +4952,22 @@ def train_epochs(state, train_loader, valid_loader, views, folder):
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"  # what a run goes on from, and the save before it
 BEST = "student_best.ckpt"
+EXERCISES_FOLDER = "exercises"  # where the exercises edition keeps its runs
 RESULT = "result.json"  # what a later call compares the stage's CSV by
 # Config keys that may change when a run goes on.
 BEHAVIOUR_KEYS = {"time_limit_h"}
-# Facts that are hashes: a sentence names them without their values.
-HASHED_FACTS = {
+# Facts that are hashes of what may be a learner's own code.
+OWN_CODE_FACTS = {
     "layers": "the layers of the student",
     "student_code": "the code of the student",
     "loss_fn_kd": "the code of loss_fn_kd",
     "alignment": "the code of alignment",
     "loss_weights": "the code of loss_weights",
+}
+# All that are hashes of nets and code: a sentence names them without their values.
+HASHED_FACTS = OWN_CODE_FACTS | {
     "teacher_code": "the code or settings of the teacher",
+    "teacher_checksum": "the teacher's weights",
 }
 # Hashes of what is trained and validated on. Evaluation images are none of a run's facts: a CSV is
 # written anew from those that are there.
@@ -5036,9 +5100,18 @@ class RunFolder:
         if not is_first_process():
             return None
         saved, self.damaged = read_run(self.path)
-        if saved is not None:
-            self._refuse_other_settings(saved, self.path)
-        return saved
+        if saved is None:
+            return None
+        different = self.different_facts(saved)
+        if not different:
+            return saved
+        # Stopped in its first epoch it has nothing to lose: the new run begins in its place.
+        if not saved["history"]:
+            return None
+        raise UserError(
+            f"{self.path} holds a run with other settings: {', '.join(different.values())}; "
+            f"{option('--fresh')} starts it again"
+        )
 
     def restore(self, state):
         """Bring a TrainState to where the run stopped, if it ever began.
@@ -5134,14 +5207,18 @@ class RunFolder:
         for folder in attached_folders(self.path, self.cfg):
             try:
                 saved, _ = read_run(folder)
-                self._refuse_other_settings(saved, folder)
             except UserError as error:
                 say(f"ignored: {error}")
                 continue
-            yield saved, folder
+            different = self.different_facts(saved)
+            if different:
+                what = ", ".join(different.values())
+                say(f"ignored: {folder} holds a run with other settings: {what}")
+            else:
+                yield saved, folder
 
-    def _refuse_other_settings(self, saved, place):
-        """UserError naming the facts in which a saved run differs from this one.
+    def different_facts(self, saved):
+        """{name: in words} of the facts in which a saved run differs so that it cannot go on here.
 
         The number of processes may differ where the run is finished.
         """
@@ -5152,7 +5229,7 @@ class RunFolder:
         may_differ = {"config", "origin"} | settings_that_may_differ(saved, self.cfg)
         if is_finished(saved["history"], self.cfg):
             may_differ.add("processes")
-        different = []
+        different = {}
         # The keys of both, for another version of the program may have more or fewer.
         for name in {**was, **now}:
             if name in may_differ or was.get(name) == now.get(name):
@@ -5160,17 +5237,13 @@ class RunFolder:
             if name.endswith("_contents") and None in (was.get(name), now.get(name)):
                 continue  # not decoded yet, or read by a DataLoader
             if name in HASHED_FACTS:
-                different.append(f"{HASHED_FACTS[name]} (it has changed)")
+                different[name] = f"{HASHED_FACTS[name]} (it has changed)"
             elif name in DATA_FACTS:
-                different.append(f"{DATA_FACTS[name]} (they have changed)")
+                different[name] = f"{DATA_FACTS[name]} (they have changed)"
             else:
                 saved_value = printable(was.get(name))
-                different.append(f"{name} {saved_value} (now {now.get(name)})")
-        if different:
-            raise UserError(
-                f"{place} holds a run with other settings: {', '.join(different)}; "
-                f"{option('--fresh')} starts it again"
-            )
+                different[name] = f"{name} {saved_value} (now {now.get(name)})"
+        return different
 
 
 def attached_folders(path, cfg):
@@ -5192,7 +5265,8 @@ def check_folders(configs, data, out=None):
     different = []
     for cfg in configs:
         saved = run_in(stage_folder(cfg, data, out))
-        if saved is None:
+        # One without a whole epoch has nothing to lose: `RunFolder.load` lets it go.
+        if saved is None or not saved["history"]:
             continue
         keys = different_settings(saved, cfg)
         if keys:
@@ -5466,8 +5540,11 @@ class Stage:
 def stage_folder(cfg, data, out=None):
     """Where a stage keeps its files: <out>/<stage>.
 
-    For the demo set <out>/demo/<stage>, so that demo files never meet real ones.
+    For the demo set <out>/demo/<stage>, so that demo files never meet real ones. Raises UserError
+    where `data` is no FoodData, for every call that trains asks here first.
     """
+    if not isinstance(data, FoodData):
+        raise UserError(f"data is {kind_of(data)}: hand in what find_data gives")
     out = results_folder(out)
     if data.is_demo:
         out = out / "demo"
@@ -5499,6 +5576,11 @@ def prepare_stage(
     student = own_student(cfg, student)
     check_budget(student, image_size=cfg.image_size)
     check_no_hidden_layers(student, cfg.image_size)
+    check_answers(student, cfg.image_size, "the student")
+    if teacher is not None and cfg.needs_teacher:
+        if not isinstance(teacher, nn.Module):
+            raise UserError(f"the teacher is {kind_of(teacher)}: hand in what load_teacher gives")
+        check_answers(teacher, cfg.image_size, "the teacher")
     if not cfg.needs_teacher:
         for name, own in (("loss_fn_kd", loss_fn_kd), ("loss_weights", loss_weights)):
             if own is not None:
@@ -5574,6 +5656,8 @@ def run(
     final: "csv" repeats the best stage on training and validation images (`final_fit`), "submit"
     also makes that submission.csv. What is wrong raises UserError before any work.
     """
+    if isinstance(stages, str):
+        stages = [stages]
     out = results_folder(out)
     device = pick_device()
     configs = [get_config(stage, length, data.is_demo, **overrides) for stage in stages]
@@ -5592,7 +5676,7 @@ def run(
             "stages": names,
             "images": fingerprint(data.ids, data.labels),
             # Whether there is one: its path may differ from machine to machine.
-            "teacher": bool(teacher_path or data.teacher_path),
+            "teacher": bool(teacher_file(data, teacher_path, out)),
         }
     )
     teacher = None
@@ -5699,25 +5783,26 @@ def read_result(folder):
         return None
 
 
-def better_result(best):
+def better_result(best, places):
     """(Result, path of its CSV) of a stage of an earlier call that is better than this call's best.
 
-    None where none is. It lies in the same folder and has the same images; a better one that cannot
-    be compared is said. The first process looks, for all.
+    None where none is. places: the folders of stages' folders that are looked at. It has the same
+    images; a better one that cannot be compared is said. The first process looks, for all.
     """
     found = None
     if is_first_process():
-        found = better_result_beside(best)
+        found = better_result_in(places, best)
     return from_first_process(found)
 
 
-def better_result_beside(best):
+def better_result_in(places, best):
     """What `better_result` returns, by the files of this process."""
     own = read_result(best.folder)
     to_beat = best.valid_acc
     found = None
     # The best run's own file is among them; it does not beat itself.
-    for path in sorted(best.folder.parent.glob(f"*/{RESULT}")):
+    paths = [path for place in places for path in sorted(place.glob(f"*/{RESULT}"))]
+    for path in paths:
         result = read_result(path.parent)
         # One without an epoch is no result.
         if result is None or result.epochs == 0 or result.valid_acc <= to_beat:
@@ -5740,7 +5825,7 @@ def better_result_beside(best):
 def fit_best_again(runs, data, teacher, out, fresh, final):
     """`final_fit` of the best Run, unless a stage of an earlier call is better, which is said."""
     best = best_run(runs)
-    better = better_result(best)
+    better = better_result(best, [best.folder.parent])
     if better is None:
         final_fit(best, data, teacher, out, fresh, submit_it=final == "submit")
         return
@@ -5859,12 +5944,34 @@ def train_teacher(data, out=None, cfg=None, fresh=False):
     return path
 
 
+def teacher_file(data, path=None, out=None):
+    """`path`, else the data folder's file, else that of `train_teacher` on these images, or None.
+
+    The last may be of an earlier session of Kaggle's, attached as an input.
+    """
+    if path or data.teacher_path or data.is_demo:
+        return path or data.teacher_path
+    folder = stage_folder(TEACHER_CONFIG, data, out)
+    files = fingerprint(data.ids["training"], data.labels["training"])
+    for place in (folder, *attached_folders(folder, TEACHER_CONFIG)):
+        saved = run_in(place)
+        if saved is None or saved["facts"].get("training_files") != files:
+            continue
+        cfg = TEACHER_CONFIG
+        with contextlib.suppress(TypeError, UserError):  # of another version of the program
+            cfg = Config(**saved["facts"]["config"])
+        # A half-trained teacher must not teach.
+        if is_finished(saved["history"], cfg) and (place / BEST).is_file():
+            return place / BEST
+    return None
+
+
 def find_teacher(data, path=None, out=None, device="cpu", fresh=False):
-    """The frozen teacher: of `path`, else of the data folder, else (demo set) trained here.
+    """The frozen teacher: of `teacher_file`, else (demo set) trained here.
 
     None without one. Raises UserError where a file is no teacher.
     """
-    path = path or data.teacher_path
+    path = teacher_file(data, path, out)
     if path is not None:
         return load_teacher(path, device)
     if not data.is_demo:
@@ -6118,14 +6225,17 @@ def write_predictions(student, data, cfg, path, device, tta=False):
 def write_best(runs, data, out=None):
     """Copy the CSV of the best run by validation accuracy to submission.csv and return its path.
 
-    The stages of earlier calls in the same folder count too, if their images were the same. For the
+    The stages of earlier calls there count too, if their images were the same. For the
     demo set it is submission_demo.csv. Where the labels of the evaluation images are known, they
     are not the homework's: None is returned and that is said.
     """
     best = best_run(runs)
     accuracy = plus_minus(best.valid_acc, best.n_valid)
     on = f"({best.n_valid} images, {data.origin})"
-    better = better_result(best)
+    # Both editions of the notebook write submission.csv, so the stages of both count.
+    root = results_folder(out)
+    places = [stage_folder(best.cfg, data, root / part).parent for part in ("", EXERCISES_FOLDER)]
+    better = better_result(best, places)
     if better is None:
         why = f"{best.label} has the best validation accuracy, {accuracy} {on}"
         return copy_submission(best.csv, data, out, why)
@@ -8333,10 +8443,10 @@ def names_used_by(piece):
     used = {}
     for function in functions_of(piece):
         for code in code_objects(function):
-            for name in code.co_names:
-                # Names of attributes and builtins are among co_names, but are no globals.
-                if name in function.__globals__:
-                    used[name] = function.__globals__[name]
+            for step in dis.get_instructions(code):
+                # Not all of co_names: names of attributes are among these.
+                if step.opname == "LOAD_GLOBAL" and step.argval in function.__globals__:
+                    used[step.argval] = function.__globals__[step.argval]
         for name, cell in zip(
             function.__code__.co_freevars, function.__closure__ or (), strict=True
         ):
@@ -8360,7 +8470,7 @@ def functions_and_classes_used_by(piece):
 
 
 def plain_values(named):
-    """A text, name = value, for each number, text, tuple and tensor of {name: value}.
+    """A text, name = value, for each number, text, tuple, array and tensor of {name: value}.
 
     Not of lists and dicts, for code may write to them, and would then differ after it has run.
     """
@@ -8368,7 +8478,7 @@ def plain_values(named):
     for name, value in named.items():
         if isinstance(value, PLAIN):
             values.append(f"{name} = {value!r}")
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, (torch.Tensor, np.ndarray)):
             values.append(f"{name} = {value.dtype} {value.tolist()}")
     return values
 
@@ -8386,8 +8496,8 @@ EXERCISES = {
         loop_of_fit,
         check_training_loop,
         "for each epoch, counted from 0, choose its views with `train_loader.set_epoch(epoch)` "
-        "and bring the student into training mode; for each batch `images, labels, *_` work out the "
-        "cross-entropy, clear the old gradients, go backward, clip with "
+        "and bring the student into training mode; for each batch `images, labels, *_` work out "
+        "the cross-entropy, clear the old gradients, go backward, clip with "
         "`nn.utils.clip_grad_norm_`, and step. (The check trains a tiny net on made-up batches for "
         "three epochs, so what your loop prints is seen twice.)",
     ),
@@ -8445,7 +8555,7 @@ class Answers:
     """
 
     def __init__(self, out=None):
-        self.out = results_folder(out) / "exercises"
+        self.out = results_folder(out) / EXERCISES_FOLDER
         self.own = {}  # name of an exercise -> the right answer
         self.guesses = {}  # name of a stage -> guessed validation accuracy
 
@@ -8506,12 +8616,19 @@ class Answers:
         n = processes_for(cfg, stage_folder(cfg, data, self.out), device, fresh, own)
         # fresh=True, for a run of other code is no error here; whether there is one is asked next.
         stage = prepare_stage(cfg, data, teacher, self.out, True, device, **own, processes=n)
-        stage.folder.fresh = fresh or has_moved_on(stage)
+        stage.folder.fresh = fresh or own_code_has_changed(stage)
+        if not stage.folder.fresh:
+            # Other settings, as after another LENGTH: hours of training are not thrown away.
+            stage.folder.load()
         run = stage.train(n)
         if run.name in self.guesses:
             reached = plus_minus(run.valid_acc, run.n_valid)
             say(f"{run.name}: you guessed {self.guesses[run.name]:.4f}, it reached {reached}.")
         return run
+
+    def check_folders(self, configs, data):
+        """`check_folders` for the runs with own code."""
+        check_folders(configs, data, self.out)
 
     def own_for(self, cfg):
         """The right answers that a stage has a use for, as `prepare_stage` takes them."""
@@ -8548,6 +8665,18 @@ class Answers:
         return plot_soft_labels(*arguments, self.own.get("soft_labels", soft_labels))
 
 
+def own_code_has_changed(stage):
+    """True, and said, if a Stage's folder holds its run with other code, and nothing else other."""
+    saved = run_in(stage.folder.path)
+    if saved is None:
+        return False
+    different = stage.folder.different_facts(saved)
+    if not different or different.keys() - OWN_CODE_FACTS.keys():
+        return False
+    say(f"{stage.cfg.exp_name}: started again, for {', '.join(different.values())}")
+    return True
+
+
 # --- the exercises edition, made from the notebook ------------------------------------------------
 
 EXERCISES_INTRODUCTION = """\
@@ -8566,6 +8695,7 @@ a cell ends in a syntax error, the check below it still sees what you wrote befo
 
 # What the exercises edition calls in the place of the module's own functions.
 EXERCISES_CALLS = {
+    "h.check_folders(": "mine.check_folders(",
     "h.run_stage(": "mine.run_stage(",
     "h.stage_table(": "mine.stage_table(",
     "h.plot_soft_labels(": "mine.plot_soft_labels(",

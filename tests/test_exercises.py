@@ -293,6 +293,47 @@ def test_layers_that_are_not_called_as_a_whole_cannot_be_aligned(tmp_path, capsy
         h.DistillLoss(boss, LayersInLists(), teacher)
 
 
+def test_other_settings_do_not_throw_a_finished_run_away(
+    food, teacher_file, tmp_path, tiny, capsys
+):
+    def my_loss(student_logits, labels, teacher_logits, alpha, temperature):
+        return h.loss_fn_kd(student_logits, labels, teacher_logits, alpha, temperature)
+
+    data = h.find_data(food)
+    teacher = h.load_teacher(teacher_file)
+    mine = h.Answers(tmp_path)
+    cfg = h.get_config("medium", **tiny)
+    mine.run_stage(cfg, data, teacher)
+    shorter = h.replace(cfg, n_epochs=1)
+    with pytest.raises(h.UserError, match="n_epochs 2, now 1"):
+        mine.check_folders([shorter], data)
+    with pytest.raises(h.UserError, match=r"n_epochs 2 \(now 1\)"):
+        mine.run_stage(shorter, data, teacher)
+    # Other code and other settings at once are refused too.
+    mine.own["loss_fn_kd"] = my_loss
+    with pytest.raises(h.UserError, match="the code of loss_fn_kd"):
+        mine.run_stage(shorter, data, teacher)
+    # Other code alone starts anew.
+    capsys.readouterr()
+    mine.run_stage(cfg, data, teacher)
+    assert "medium: started again, for the code of loss_fn_kd" in capsys.readouterr().out
+
+
+def test_a_worse_stage_of_the_exercises_leaves_a_better_submission(food, tmp_path, tiny, capsys):
+    data = h.find_data(food)
+    cfg = h.get_config("simple", **tiny)
+    best = h.run_stage(cfg, data, out=tmp_path)
+    result = h.read_result(best.folder)
+    text = h.json.dumps(result._replace(valid_acc=1.0)._asdict())
+    (best.folder / h.RESULT).write_text(text)
+    mine = h.Answers(tmp_path)
+    worse = mine.run_stage(h.replace(cfg, seed=2), data)
+    assert worse.folder != best.folder
+    h.write_best([worse], data, tmp_path)
+    assert "of an earlier call, has the best" in capsys.readouterr().out
+    assert (tmp_path / "submission.csv").read_text() == best.csv.read_text()
+
+
 def test_guesses(tmp_path, capsys):
     mine = h.Answers(tmp_path)
     cfg = h.STAGES["medium"]

@@ -711,7 +711,17 @@ def test_an_earlier_session_with_other_settings_is_ignored_and_said(kaggle, caps
     out = capsys.readouterr().out
     assert "ignored: " in out
     assert "lr 0.5 (now 0.001)" in out
+    assert "fresh" not in out  # there is nothing to start again
     assert len(run.history) == 4
+
+
+def test_a_teacher_of_an_earlier_session_is_taken(kaggle):
+    data = h.find_data()
+    cfg = h.replace(h.TEACHER_CONFIG, n_epochs=1, image_size=64, batch_size=8, amp="off")
+    h.train_teacher(data, cfg=cfg)
+    end_session(kaggle, kaggle / "input/first")
+    found = kaggle / "input/first/teacher/student_best.ckpt"
+    assert h.find_teacher(data).source.startswith(str(found))
 
 
 def test_an_earlier_session_on_one_gpu_is_gone_on_from_on_one(kaggle, monkeypatch, capsys):

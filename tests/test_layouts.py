@@ -219,7 +219,8 @@ def test_what_the_data_is_follows_from_counts_and_names():
     original = known_data(h.ORIGINAL_COUNTS, evaluation_labels=True)
     assert "original distribution" in h.origin_of(original)
     others = {"training": 500, "validation": 100, "evaluation": 100}
-    assert h.origin_of(known_data(others)) == "own photographs (not Food-11)"
+    wanted = "photographs of no known set (not the homework's Food-11)"
+    assert h.origin_of(known_data(others)) == wanted
 
 
 def test_one_file_less_is_still_the_homeworks_data_and_said(monkeypatch):
@@ -413,7 +414,11 @@ def test_other_spellings_here_and_on_kaggle_and_an_archive_beside_the_notebook(
     monkeypatch.chdir(here)
     assert h.find_data().root.name == "food11"
     shutil.rmtree("food11")
-    for packed in ("food-11.zip", "Food-11.tar.gz"):
+    # The competition's archive, unpacked into a folder of its name, or as it came.
+    shutil.copytree(food, "ml2023spring-hw13/Food-11")
+    assert h.find_data().root == Path("ml2023spring-hw13/Food-11")
+    shutil.rmtree("ml2023spring-hw13")
+    for packed in ("food-11.zip", "Food-11.tar.gz", "ml2023spring-hw13.zip"):
         Path(packed).write_bytes(b"PK")
         with pytest.raises(h.UserError, match="unpack it"):
             h.find_data()

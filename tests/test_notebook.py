@@ -137,6 +137,11 @@ def test_what_section_8_says_of_training_halves_are_the_rows_of_the_ring():
         assert said == list(mine["accuracy"].round(3)), recipe
 
 
+def test_papermill_finds_the_length():
+    tagged = [c for c in COMMITTED.cells if "parameters" in c.metadata.get("tags", ())]
+    assert [cell.source.partition(" =")[0] for cell in tagged] == ["LENGTH"]
+
+
 def test_shown_code_is_never_a_copy():
     source = "\n".join(cell.source for cell in code_cells(COMMITTED))
     assert "show_source(h.loss_fn_kd)" in source

@@ -186,9 +186,12 @@ def code_of(tmp_path, source, name="my_loss"):
 
 LEARNERS = '''
     """My module."""
+    import numpy
     weight = 2.0
+    shares = numpy.array([0.1, 0.2])
+    mean = 0.5
     def scaled(x):
-        return weight * x
+        return weight * x.mean() * shares
     def my_loss(a, b):
         "What it does."
         return scaled(a) + b
@@ -202,9 +205,11 @@ LEARNERS = '''
         ("What it does.", "Said better.", True),
         ("scaled(a) + b", "(scaled(a)\n            + b)", True),
         ("scaled(a) + b", "scaled(a) - b", False),
-        ("weight * x", "weight + x", False),  # in a function that it calls
+        ("weight * x.mean()", "weight + x.mean()", False),  # in a function that it calls
         ("weight = 2.0", "weight = 3.0", False),
         ("My module", "Your module", True),
+        ("[0.1, 0.2]", "[0.1, 0.3]", False),  # in an array
+        ("mean = 0.5", "mean = 0.6", True),  # a.mean() is another one
     ],
 )
 def test_the_fingerprint_is_that_of_what_the_code_does(tmp_path, old, new, same):
@@ -624,6 +629,96 @@ def test_a_student_whose_answers_overflow_writes_no_csv(medium, food, tmp_path, 
     assert not (tmp_path / "x.csv").exists()
     assert h.main(["evaluate", *arguments]) == 2
     assert "cannot be scored" in capsys.readouterr().err
+
+
+class Answering(nn.Module):
+    """A net of one layer with another kind of answer."""
+
+    def __init__(self, n_classes=11, wrap=lambda logits: logits):
+        super().__init__()
+        self.fc = nn.Linear(3, n_classes)
+        self.wrap = wrap
+
+    def forward(self, x):
+        return self.wrap(self.fc(x.mean((2, 3))))
+
+
+@pytest.mark.parametrize(
+    ("net", "wanted"),
+    [
+        (lambda: Answering(10), r"answers of the shape \(2, 10\), where 11 logits each"),
+        (lambda: Answering(13), r"answers of the shape \(2, 13\)"),
+        (lambda: Answering(wrap=lambda logits: (logits, None)), "the student returns a tuple"),
+    ],
+)
+def test_a_student_with_other_answers_is_refused_before_any_work(medium, tmp_path, net, wanted):
+    with pytest.raises(h.UserError, match=wanted):
+        medium("simple", student=net)
+    assert not (tmp_path / "simple").exists()
+
+
+def test_what_is_no_teacher_and_what_is_no_data_is_one_sentence(food, teacher_file, tmp_path, tiny):
+    data = h.find_data(food)
+    cfg = h.get_config("medium", **tiny)
+    with pytest.raises(h.UserError, match="the teacher is a .*: hand in what load_teacher gives"):
+        h.run_stage(cfg, data, teacher_file, tmp_path)
+    with pytest.raises(h.UserError, match=r"the teacher gives .* shape \(2, 1000\)"):
+        h.run_stage(cfg, data, h.freeze(Answering(1000)), tmp_path)
+    with pytest.raises(h.UserError, match="data is a str: hand in what find_data gives"):
+        h.run_stage(cfg, str(food), None, tmp_path)
+
+
+def test_loaders_of_another_config_are_refused(food, tmp_path, tiny):
+    data = h.find_data(food)
+    cfg = h.get_config("simple", **tiny)
+    # What is trained for another number of epochs sees the same views.
+    loaders = h.build_loaders(h.replace(cfg, n_epochs=1), data, "cpu")
+    loss_fn = h.DistillLoss(cfg, h.build_student(cfg))
+    assert len(h.fit(loss_fn, *loaders)) == 2
+    other = h.replace(cfg, batch_size=4, hflip=0.0)
+    with pytest.raises(h.UserError, match="different are batch_size, hflip: hand this config to"):
+        h.fit(h.DistillLoss(other, h.build_student(other)), *loaders)
+
+
+def test_a_run_without_an_epoch_gives_way_to_other_settings(food, tmp_path, tiny, monkeypatch):
+    def killed(*args):
+        raise RuntimeError("killed")
+
+    data = h.find_data(food)
+    cfg = h.get_config("simple", **tiny)
+    with monkeypatch.context() as patch:
+        patch.setattr(h, "train_one_epoch", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            h.run_stage(cfg, data, out=tmp_path)
+    assert (tmp_path / "simple/last.ckpt").is_file()
+    other = h.replace(cfg, seed=5, batch_size=4)
+    h.check_folders([other], data, tmp_path)
+    run = h.run_stage(other, data, out=tmp_path)
+    wanted = h.run_stage(other, data, out=tmp_path / "alone")
+    assert h.state_checksum(run.student()) == h.state_checksum(wanted.student())
+    # With an epoch it has something to lose.
+    with pytest.raises(h.UserError, match="holds a run with other settings"):
+        h.run_stage(cfg, data, out=tmp_path)
+
+
+def test_a_single_stage_may_be_named_without_a_list(food, tmp_path, tiny):
+    runs = h.run(h.find_data(food), "simple", out=tmp_path, **tiny)
+    assert [run.name for run in runs] == ["simple"]
+
+
+def test_a_trained_teacher_is_found_again(food, tmp_path, tiny):
+    data = h.find_data(food)
+    cfg = h.replace(h.TEACHER_CONFIG, n_epochs=1, image_size=64, batch_size=8, amp="off")
+    assert h.find_teacher(data, out=tmp_path) is None
+    path = h.train_teacher(data, tmp_path, cfg)
+    teacher = h.find_teacher(data, out=tmp_path)
+    assert teacher.source.startswith(str(path))
+    # One that was trained on other images is not taken, nor one that is not finished.
+    ids = data.ids | {"training": [f"x{name}" for name in data.ids["training"]]}
+    assert h.teacher_file(h.replace(data, ids=ids), out=tmp_path) is None
+    log = torch.load(path.with_name("last.ckpt"), weights_only=True)
+    torch.save(log | {"history": []}, path.with_name("last.ckpt"))
+    assert h.teacher_file(data, out=tmp_path) is None
 
 
 def test_before_the_first_epoch_ends_there_is_no_student_to_predict_with(

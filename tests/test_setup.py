@@ -1,11 +1,14 @@
 """Configuration, the command line's KEY=VALUE, files written whole, files that are not trusted."""
 
+import ast
 import dataclasses
 import os
 import pickle
 import random
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -83,6 +86,27 @@ def test_the_variable_for_tests_shortens_a_run_and_says_so(monkeypatch, capsys):
     monkeypatch.delenv("HW13_FAST")
     assert h.chosen_length("lesson") == "lesson"
     assert h.chosen_length() == "full"
+
+
+def test_a_number_of_numpys_is_a_number():
+    # As a loop over np.arange gives them.
+    cfg = h.get_config("medium", temperature=np.int64(6), n_epochs=np.int64(3))
+    assert (cfg.temperature, cfg.n_epochs) == (6.0, 3)
+    assert (type(cfg.temperature), type(cfg.n_epochs)) == (float, int)
+
+
+def test_no_name_of_the_module_is_given_twice():
+    """A second constant of one name, sections away, would change what the first one says."""
+    names = Counter()
+    for node in ast.parse(Path(h.__file__).read_text(encoding="utf-8")).body:
+        targets = getattr(node, "targets", ())
+        for part in (part for target in targets for part in ast.walk(target)):
+            if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
+                names[part.id] += 1
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names[node.name] += 1
+    assert names["HIDDEN"] == 1
+    assert max(names.values()) == 1, names.most_common(3)
 
 
 def test_unknown_length_is_named():
