@@ -739,6 +739,8 @@ def find_data(root=None):
     # The last is what the competition's own archive is called, unpacked into a folder of its name.
     places = (Path(), Path("data"), Path(COMPETITION))
     nearby = [found for place in places for found in food_folders(place)]
+    # An archive counts where nothing is unpacked.
+    nearby.sort(key=is_archive)
     if nearby:
         return read_folder(nearby[0])
     return None
@@ -1958,12 +1960,28 @@ def make_demo_data(seed=0):
     name = fingerprint(DEMO_VERSION, per_class, seed)
     # In a folder of its own, for the teacher's pictures lie beside Food-11.
     root = cache_root() / f"demo-{name}" / "Food-11"
-    if is_first_on_node() and not is_whole_demo_set(root, per_class):
-        # What is left of one that lost files, as cleaners of temporary folders take them.
-        shutil.rmtree(root.parent, ignore_errors=True)
+    to_draw = is_first_on_node() and not is_whole_demo_set(root, per_class)
+    if to_draw and (not root.parent.exists() or removed_demo_set(root.parent)):
         draw_demo_set(root, per_class, seed)
     barrier()
     return read_folder(root)
+
+
+def removed_demo_set(folder):
+    """Remove a demo set that has lost files, as cleaners of temporary folders take them.
+
+    False where it cannot be removed, as in a folder that can only be read: it is used as it is.
+    """
+    try:
+        # Moved first, for half of a set would look like a whole one.
+        aside = Path(tempfile.mkdtemp(prefix="demo-drawing-", dir=cache_root()))
+        os.replace(folder, aside / folder.name)
+    except OSError:
+        say(f"WARNING: the demo set in {folder} has lost files, and it cannot be drawn anew there")
+        return False
+    shutil.rmtree(aside, ignore_errors=True)
+    say(f"the demo set in {folder} had lost files: it is drawn anew")
+    return True
 
 
 def is_whole_demo_set(root, per_class):
@@ -2658,22 +2676,6 @@ def check_no_hidden_layers(model, image_size):
         )
 
 
-def check_answers(net, image_size, what):
-    """UserError unless a net gives each image eleven logits. what: the net, as a sentence has it.
-
-    Asked before pictures are decoded: on a GPU a label without a logit ends the whole program.
-    """
-    with evaluation_mode(net) as device:
-        logits = net(torch.zeros(2, 3, image_size, image_size, device=device))
-    if not isinstance(logits, torch.Tensor):
-        raise UserError(f"{what} returns {kind_of(logits)}, where logits are wanted, a tensor")
-    if tuple(logits.shape) != (2, NUM_CLASSES):
-        raise UserError(
-            f"{what} gives two images answers of the shape {tuple(logits.shape)}, "
-            f"where {NUM_CLASSES} logits each are wanted, {(2, NUM_CLASSES)}"
-        )
-
-
 @contextlib.contextmanager
 def every_layer_called():
     """Without torch's fused attention for the block: in eval mode it calls none of its layers."""
@@ -3359,6 +3361,26 @@ class DistillLoss(nn.Module):
             loss = loss + align * term
             terms["align"] = term.detach()
         return Distilled(loss, terms, student_logits, teacher_logits)
+
+    def check_answers(self):
+        """UserError unless student and teacher give each image eleven logits.
+
+        Asked before pictures are decoded: on a GPU a label without a logit ends the whole program.
+        """
+        size = self.cfg.image_size
+        images = torch.zeros(2, 3, size, size, device=self.device)
+        with evaluation_mode(self.student), self._autocast(images):
+            answers = {"student": self.student(images)}
+            if self.teacher is not None:
+                answers["teacher"] = self.teacher(images)
+        for net, logits in answers.items():
+            if not isinstance(logits, torch.Tensor):
+                raise UserError(f"the {net} returns {kind_of(logits)}, where logits are wanted")
+            if tuple(logits.shape) != (2, NUM_CLASSES):
+                raise UserError(
+                    f"the {net} gives two images answers of the shape {tuple(logits.shape)}, "
+                    f"where {NUM_CLASSES} logits each are wanted, {(2, NUM_CLASSES)}"
+                )
 
     def _autocast(self, images):
         return torch.autocast(images.device.type, self.dtype, enabled=self.dtype is not None)
@@ -4967,7 +4989,7 @@ OWN_CODE_FACTS = {
 # All that are hashes of nets and code: a sentence names them without their values.
 HASHED_FACTS = OWN_CODE_FACTS | {
     "teacher_code": "the code or settings of the teacher",
-    "teacher_checksum": "the teacher's weights",
+    "teacher_checksum": "the checksum of the teacher",
 }
 # Hashes of what is trained and validated on. Evaluation images are none of a run's facts: a CSV is
 # written anew from those that are there.
@@ -5570,17 +5592,15 @@ def prepare_stage(
     loss_fn_kd, alignment, loss_weights: your own functions in place of this module's (see
     DistillLoss).
     processes: how many are to be started to train it (see Stage.train).
-    Raises UserError for a student above the limit, a loss that does not fit the config or the
-    teacher, or a folder with a run of other settings (unless fresh).
+    Raises UserError for a student above the limit, a net without eleven logits an image, a loss
+    that does not fit the config or the teacher, or a folder with a run of other settings (unless
+    fresh).
     """
     student = own_student(cfg, student)
     check_budget(student, image_size=cfg.image_size)
     check_no_hidden_layers(student, cfg.image_size)
-    check_answers(student, cfg.image_size, "the student")
-    if teacher is not None and cfg.needs_teacher:
-        if not isinstance(teacher, nn.Module):
-            raise UserError(f"the teacher is {kind_of(teacher)}: hand in what load_teacher gives")
-        check_answers(teacher, cfg.image_size, "the teacher")
+    if not isinstance(teacher, (nn.Module, type(None))):
+        raise UserError(f"the teacher is {kind_of(teacher)}: hand in what load_teacher gives")
     if not cfg.needs_teacher:
         for name, own in (("loss_fn_kd", loss_fn_kd), ("loss_weights", loss_weights)):
             if own is not None:
@@ -5589,6 +5609,7 @@ def prepare_stage(
         raise UserError(f"{cfg.exp_name} aligns no layers: set align_weights to use an alignment")
     loss_fn = DistillLoss(cfg, student, teacher, loss_fn_kd, alignment, loss_weights)
     loss_fn.on(device or pick_device())
+    loss_fn.check_answers()
     say_if_module_changed()
     folder = RunFolder(stage_folder(cfg, data, out), loss_fn, data, fresh)
     # The run's facts are those of the processes that will train it.
@@ -5651,8 +5672,9 @@ def run(
 
     A better stage of an earlier call in the same folder, on the same images, keeps its place there.
 
-    teacher_path: a file or a list of files (default: the data folder's file; on the demo set one is
-    trained). A stage that needs a teacher where there is none is left out, and that is said.
+    teacher_path: a file or a list of files (default: the data folder's file, else what
+    `train_teacher` left; on the demo set one is trained). A stage that needs a teacher where there
+    is none is left out, and that is said.
     final: "csv" repeats the best stage on training and validation images (`final_fit`), "submit"
     also makes that submission.csv. What is wrong raises UserError before any work.
     """
@@ -5671,17 +5693,20 @@ def run(
             final_config(cfg, cfg.n_epochs)
     if is_first_process():
         check_writable(out)
+    path = None
+    if any(cfg.needs_teacher for cfg in configs):
+        path = teacher_file(data, teacher_path, out)
     check_processes_agree(
         {
             "stages": names,
             "images": fingerprint(data.ids, data.labels),
             # Whether there is one: its path may differ from machine to machine.
-            "teacher": bool(teacher_file(data, teacher_path, out)),
+            "teacher": bool(path),
         }
     )
     teacher = None
     if any(cfg.needs_teacher for cfg in configs):
-        teacher = find_teacher(data, teacher_path, out, device, fresh)
+        teacher = find_teacher(data, path, out, device, fresh)
     possible = possible_stages(configs, data, teacher)
     # submission.csv belongs to no stage, so its folder has a lock of its own.
     with locked(out):
@@ -5783,12 +5808,15 @@ def read_result(folder):
         return None
 
 
-def better_result(best, places):
+def better_result(best, data, out=None):
     """(Result, path of its CSV) of a stage of an earlier call that is better than this call's best.
 
-    None where none is. places: the folders of stages' folders that are looked at. It has the same
-    images; a better one that cannot be compared is said. The first process looks, for all.
+    None where none is. It has the same images; a better one that cannot be compared is said. The
+    first process looks, for all.
     """
+    # Both editions of the notebook write submission.csv, so the stages of both count.
+    root = results_folder(out)
+    places = [stage_folder(best.cfg, data, root / part).parent for part in ("", EXERCISES_FOLDER)]
     found = None
     if is_first_process():
         found = better_result_in(places, best)
@@ -5825,12 +5853,15 @@ def better_result_in(places, best):
 def fit_best_again(runs, data, teacher, out, fresh, final):
     """`final_fit` of the best Run, unless a stage of an earlier call is better, which is said."""
     best = best_run(runs)
-    better = better_result(best, [best.folder.parent])
+    better = better_result(best, data, out)
     if better is None:
         final_fit(best, data, teacher, out, fresh, submit_it=final == "submit")
         return
-    result, _ = better
-    say(f"no final fit: {result.name} is better than {best.name}; name it among the stages")
+    result, csv_path = better
+    say(
+        f"no final fit: {result.name} ({csv_path}) is better than {best.name}; "
+        "name it among the stages"
+    )
 
 
 def final_fit(validated, data, teacher=None, out=None, fresh=False, submit_it=False, **own):
@@ -5839,8 +5870,8 @@ def final_fit(validated, data, teacher=None, out=None, fresh=False, submit_it=Fa
     Returns the path of its CSV, None if it is not finished. Every choice is the validated stage's,
     its best epoch included: there it stops. No images are left to validate on, so it has no
     validation score. It replaces submission.csv only with submit_it=True. own: student, loss_fn_kd,
-    alignment and loss_weights, where the validated stage had its own; UserError where they are
-    others.
+    alignment and loss_weights, where the validated stage had its own; UserError where they or the
+    teacher are others.
     """
     if validated.history.empty:
         say(f"{validated.name}: no final fit, for it has no epoch yet")
@@ -6232,10 +6263,7 @@ def write_best(runs, data, out=None):
     best = best_run(runs)
     accuracy = plus_minus(best.valid_acc, best.n_valid)
     on = f"({best.n_valid} images, {data.origin})"
-    # Both editions of the notebook write submission.csv, so the stages of both count.
-    root = results_folder(out)
-    places = [stage_folder(best.cfg, data, root / part).parent for part in ("", EXERCISES_FOLDER)]
-    better = better_result(best, places)
+    better = better_result(best, data, out)
     if better is None:
         why = f"{best.label} has the best validation accuracy, {accuracy} {on}"
         return copy_submission(best.csv, data, out, why)
@@ -8445,7 +8473,8 @@ def names_used_by(piece):
         for code in code_objects(function):
             for step in dis.get_instructions(code):
                 # Not all of co_names: names of attributes are among these.
-                if step.opname == "LOAD_GLOBAL" and step.argval in function.__globals__:
+                loads = step.opname in ("LOAD_GLOBAL", "LOAD_NAME")  # the latter in a class's body
+                if loads and step.argval in function.__globals__:
                     used[step.argval] = function.__globals__[step.argval]
         for name, cell in zip(
             function.__code__.co_freevars, function.__closure__ or (), strict=True
@@ -8478,8 +8507,11 @@ def plain_values(named):
     for name, value in named.items():
         if isinstance(value, PLAIN):
             values.append(f"{name} = {value!r}")
-        if isinstance(value, (torch.Tensor, np.ndarray)):
+        if isinstance(value, torch.Tensor):
             values.append(f"{name} = {value.dtype} {value.tolist()}")
+        # Of objects an array has the addresses alone.
+        if isinstance(value, np.ndarray) and value.dtype != object:
+            values.append(f"{name} = {value.dtype} {value.shape} {fingerprint(value.tobytes())}")
     return values
 
 
@@ -8550,8 +8582,8 @@ class Answers:
     """A learner's answers and guesses in the exercises edition.
 
     What is right is what the stages train with. In the place of anything else this module's
-    reference stands, and that is said. Runs with own code have a folder of their own, "exercises",
-    and one whose code has changed is started again.
+    reference stands, and that is said. The runs of this edition have a folder of their own,
+    "exercises"; one of which nothing but the code has changed is started again.
     """
 
     def __init__(self, out=None):
@@ -8627,7 +8659,7 @@ class Answers:
         return run
 
     def check_folders(self, configs, data):
-        """`check_folders` for the runs with own code."""
+        """`check_folders` for the runs of this edition."""
         check_folders(configs, data, self.out)
 
     def own_for(self, cfg):
@@ -8666,12 +8698,16 @@ class Answers:
 
 
 def own_code_has_changed(stage):
-    """True, and said, if a Stage's folder holds its run with other code, and nothing else other."""
+    """True, and said, if a Stage's folder holds its run with other code, and nothing else other.
+
+    But for the number of processes: where own code comes in, one trains in the place of several.
+    """
     saved = run_in(stage.folder.path)
     if saved is None:
         return False
     different = stage.folder.different_facts(saved)
-    if not different or different.keys() - OWN_CODE_FACTS.keys():
+    code = different.keys() & OWN_CODE_FACTS.keys()
+    if not code or different.keys() - code - {"processes"}:
         return False
     say(f"{stage.cfg.exp_name}: started again, for {', '.join(different.values())}")
     return True
@@ -8696,6 +8732,7 @@ a cell ends in a syntax error, the check below it still sees what you wrote befo
 # What the exercises edition calls in the place of the module's own functions.
 EXERCISES_CALLS = {
     "h.check_folders(": "mine.check_folders(",
+    "h.prepare_stage(simple_cfg, data, ": "h.prepare_stage(simple_cfg, data, out=mine.out, ",
     "h.run_stage(": "mine.run_stage(",
     "h.stage_table(": "mine.stage_table(",
     "h.plot_soft_labels(": "mine.plot_soft_labels(",
@@ -8995,7 +9032,8 @@ def add_run(commands):
         nargs="+",
         metavar="FILE",
         type=user_path,
-        help=f"teacher checkpoint (default: {TEACHER_FILE} of the data); several are averaged",
+        help=f"teacher checkpoint (default: {TEACHER_FILE} of the data, or one trained before); "
+        "several are averaged",
     )
     add(
         "--set",

@@ -488,8 +488,11 @@ def test_a_long_picture_is_still_one(food):
 
 
 def test_the_demo_set_is_drawn_once_and_what_a_killed_drawing_left_is_removed(
-    tmp_path, monkeypatch
+    tmp_path, monkeypatch, capsys
 ):
+    def cannot_write(*arguments):
+        raise PermissionError(13, "Permission denied")
+
     monkeypatch.setenv("HW13_CACHE", str(tmp_path))
     for name, age in (("old", 2 * 86_400), ("young", 60)):
         left = tmp_path / f"demo-drawing-{name}"
@@ -519,6 +522,12 @@ def test_the_demo_set_is_drawn_once_and_what_a_killed_drawing_left_is_removed(
             lost.unlink()
         assert h.make_demo_data().is_demo
         assert lost.exists()
+    # Where nothing can be written what is left is used as it is.
+    (root / "evaluation/0003.jpg").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", cannot_write)
+        assert len(h.make_demo_data().files["evaluation"]) == 21
+    assert "cannot be drawn anew there" in capsys.readouterr().out
     shutil.rmtree(root)
     monkeypatch.setattr(h, "is_first_on_node", lambda: False)
     with pytest.raises(h.UserError, match="no folder"):

@@ -11,6 +11,7 @@ import sys
 import nbformat
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from torch import nn
 
@@ -313,7 +314,11 @@ def test_other_settings_do_not_throw_a_finished_run_away(
     mine.own["loss_fn_kd"] = my_loss
     with pytest.raises(h.UserError, match="the code of loss_fn_kd"):
         mine.run_stage(shorter, data, teacher)
-    # Other code alone starts anew.
+    # Other code alone starts anew, also what two processes began: with own code one trains.
+    path = tmp_path / "exercises/medium/last.ckpt"
+    saved = torch.load(path, weights_only=True)
+    facts = h.json.loads(saved["facts"]) | {"processes": 2}
+    torch.save(saved | {"facts": h.json.dumps(facts), "history": saved["history"][:1]}, path)
     capsys.readouterr()
     mine.run_stage(cfg, data, teacher)
     assert "medium: started again, for the code of loss_fn_kd" in capsys.readouterr().out

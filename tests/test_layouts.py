@@ -417,6 +417,9 @@ def test_other_spellings_here_and_on_kaggle_and_an_archive_beside_the_notebook(
     # The competition's archive, unpacked into a folder of its name, or as it came.
     shutil.copytree(food, "ml2023spring-hw13/Food-11")
     assert h.find_data().root == Path("ml2023spring-hw13/Food-11")
+    # The archive may still lie beside what came out of it.
+    Path("ml2023spring-hw13.zip").write_bytes(b"PK")
+    assert h.find_data().root == Path("ml2023spring-hw13/Food-11")
     shutil.rmtree("ml2023spring-hw13")
     for packed in ("food-11.zip", "Food-11.tar.gz", "ml2023spring-hw13.zip"):
         Path(packed).write_bytes(b"PK")

@@ -190,8 +190,11 @@ LEARNERS = '''
     weight = 2.0
     shares = numpy.array([0.1, 0.2])
     mean = 0.5
+    times = 3
     def scaled(x):
-        return weight * x.mean() * shares
+        class Scale:
+            factor = times
+        return weight * x.mean() * shares * Scale.factor
     def my_loss(a, b):
         "What it does."
         return scaled(a) + b
@@ -209,6 +212,7 @@ LEARNERS = '''
         ("weight = 2.0", "weight = 3.0", False),
         ("My module", "Your module", True),
         ("[0.1, 0.2]", "[0.1, 0.3]", False),  # in an array
+        ("times = 3", "times = 4", False),  # in the body of a class
         ("mean = 0.5", "mean = 0.6", True),  # a.mean() is another one
     ],
 )
