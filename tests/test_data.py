@@ -526,7 +526,7 @@ def test_the_demo_set_is_drawn_once_and_what_a_killed_drawing_left_is_removed(
     (root / "evaluation/0003.jpg").unlink()
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", cannot_write)
-        assert len(h.make_demo_data().files["evaluation"]) == 21
+        assert len(h.make_demo_data().files["evaluation"]) == 43
     assert "cannot be drawn anew there" in capsys.readouterr().out
     shutil.rmtree(root)
     monkeypatch.setattr(h, "is_first_on_node", lambda: False)
