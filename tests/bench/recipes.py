@@ -490,17 +490,16 @@ class EarlyAlignment(h.DistillLoss):
             self.layers = self.early_layers
 
 
-class PooledLoss(h.DistillLoss):
-    """DistillLoss plus what `compare` says of the pooled last features of student and teacher.
+class RelationalLoss(h.DistillLoss):
+    """DistillLoss plus the distance of the pictures' relations in the nets' pooled last features.
 
-    compare(student's (B, 512) after a linear adapter, teacher's (B, 512)) -> a scalar. These are
-    512 numbers a view, which could be stored and replayed where feature maps cannot. The adapter is
-    trained and is no part of the student.
+    The student's go through a linear adapter to 512, the teacher's width; it is trained and is no
+    part of the student. They are 512 numbers a view, which could be stored and replayed where
+    feature maps cannot.
     """
 
-    def __init__(self, compare, *args, **kwargs):
+    def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.compare = compare
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.cfg.seed)
             width = self.student.fc.in_features
@@ -514,14 +513,9 @@ class PooledLoss(h.DistillLoss):
             out = super().forward(images, labels)
         adapted = self.adapters["pool"](ours["pool"].float())  # (B, 512)
         wanted = theirs["avgpool"].flatten(1).float()  # (B, 512, 1, 1) -> (B, 512)
-        term = self.compare(adapted, wanted)
+        term = relational_distance(adapted, wanted)
         out.terms["align"] = term.detach()
         return out._replace(loss=out.loss + term)
-
-
-def feature_distance(adapted, wanted):
-    """Three times the smooth L1 distance of two (B, 512): layer1's weight in the stages."""
-    return 3 * F.smooth_l1_loss(adapted, wanted)
 
 
 def relations(features):
@@ -536,16 +530,6 @@ def relations(features):
 def relational_distance(adapted, wanted):
     """25 times the smooth L1 distance of the relations (Park et al. 2019, its distance term)."""
     return 25 * F.smooth_l1_loss(relations(adapted), relations(wanted))
-
-
-def pooled_features(cfg, student, teacher, loss_fn_kd):
-    """A Recipe's loss: the pooled features too."""
-    return PooledLoss(feature_distance, cfg, student, teacher, loss_fn_kd=loss_fn_kd)
-
-
-def related_features(cfg, student, teacher, loss_fn_kd):
-    """A Recipe's loss: the relations of the pooled features too."""
-    return PooledLoss(relational_distance, cfg, student, teacher, loss_fn_kd=loss_fn_kd)
 
 
 class ChangedViews(h.DistillLoss):
@@ -778,8 +762,7 @@ RECIPES = {
     "handover_early": Recipe(HANDOVER, loss=EarlyAlignment),
     "handover_bare_dist": Recipe(HANDOVER, kd=dist_kd),
     "beyond_handover": Recipe(ALIGNED_HANDOVER, replay=False),
-    "handover_pooled": Recipe(HANDOVER, loss=pooled_features, replay=False),
-    "handover_related": Recipe(HANDOVER, loss=related_features, replay=False),
+    "handover_related": Recipe(HANDOVER, loss=RelationalLoss, replay=False),
     "handover_mix": Recipe(ALIGNED_HANDOVER, loss=mixed_views, replay=False),
     "handover_cut": Recipe(ALIGNED_HANDOVER, loss=cut_views, replay=False),
     "handover_full": Recipe(ALIGNED_HANDOVER, Spec(FULL, act="hswish").build, replay=False),
