@@ -44,7 +44,7 @@ def execute(notebook, folder, **environment):
 def clean(notebook):
     """Drop what changes from run to run without meaning: counts, timestamps, transient ids.
 
-    The marks that drive the exercises edition stay.
+    The marks that drive the exercises edition stay, and the one by which papermill sets LENGTH.
     """
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -52,8 +52,8 @@ def clean(notebook):
     }
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number:03d}"
-        mark = cell.metadata.get("exercise")
-        cell.metadata = {"exercise": mark} if mark else {}
+        kept = {"exercise", "tags"} & cell.metadata.keys()
+        cell.metadata = {key: cell.metadata[key] for key in sorted(kept)}
         if cell.cell_type != "code":
             continue
         cell.execution_count = None

@@ -51,7 +51,7 @@ def test_the_committed_notebook_is_small_and_clean():
         mark = cell.metadata.get("exercise")
         assert len(lines) <= (13 if mark == "training_loop" else 8), cell.source
         assert cell.execution_count is None
-        assert cell.metadata.keys() <= {"exercise"}
+        assert cell.metadata.keys() <= {"exercise", "tags"}
     assert COMMITTED.metadata.keys() == {"kernelspec", "language_info"}
 
 

@@ -85,10 +85,10 @@ def figures(food):
 def test_each_picture_is_a_figure_that_names_its_data_also_to_who_cannot_see_it(figures):
     for name, figure in figures.items():
         assert isinstance(figure, Figure), name
-        assert "own photographs" in figure.alt_text, name
+        assert "photographs of no known set" in figure.alt_text, name
         alt = re.search('<img alt="([^"]+)" [^>]+base64,[^"]{999}', figure._repr_html_())
         assert alt, name
-        assert "own photographs" in alt[1], name
+        assert "photographs of no known set" in alt[1], name
     assert plt.get_fignums() == []
 
 

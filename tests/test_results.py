@@ -276,6 +276,7 @@ def test_what_cannot_be_compared_is_said_and_left_out(good_there, food, harm, me
 def test_no_final_fit_of_a_stage_that_is_not_the_best(good_there, food, capsys):
     data = h.find_data(food)
     h.run(data, ["simple"], out=good_there, final="submit", **SMALL, exp_name="bad")
-    assert "no final fit: good is better than bad" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"no final fit: good ({good_there / 'good.csv'}) is better than bad" in said
     submitted = (good_there / "submission.csv").read_text()
     assert submitted == (good_there / "good.csv").read_text()
