@@ -738,33 +738,29 @@ def find_data(root=None):
         )
     # The last is what the competition's own archive is called, unpacked into a folder of its name.
     places = (Path(), Path("data"), Path(COMPETITION))
-    nearby = [found for place in places for found in food_folders(place)]
-    # An archive counts where nothing is unpacked.
+    nearby = [found for place in places for found in food_in(place)]
+    # An archive counts where nothing is unpacked; False sorts before True.
     nearby.sort(key=is_archive)
     if nearby:
         return read_folder(nearby[0])
     return None
 
 
-def food_folders(folder):
-    """What is called Food-11 in a folder, that very spelling first: folders, then archives.
-
-    An archive may also be called after the competition, as Kaggle names it.
-    """
+def food_in(folder):
+    """Folders and archives that are called Food-11 in a folder, that very spelling first."""
     if not folder.is_dir():
         return []
-    folders = []
-    archives = []
     # False sorts before True, so the exact spelling comes first.
-    for path in sorted(folder.iterdir(), key=lambda path: (path.name != "Food-11", path.name)):
-        if path.is_dir() and letters_and_digits(path.name) == "food11":
-            folders.append(path)
-        elif is_archive(path) and letters_and_digits(path.stem.removesuffix(".tar")) in (
-            "food11",
-            letters_and_digits(COMPETITION),
-        ):
-            archives.append(path)
-    return folders + archives
+    paths = sorted(folder.iterdir(), key=lambda path: (path.name != "Food-11", path.name))
+    return [path for path in paths if is_called_food(path)]
+
+
+def is_called_food(path):
+    """Whether a folder is called Food-11, or an archive so or, as on Kaggle, the competition."""
+    if is_archive(path):
+        name = letters_and_digits(path.stem.removesuffix(".tar"))
+        return name in ("food11", letters_and_digits(COMPETITION))
+    return path.is_dir() and letters_and_digits(path.name) == "food11"
 
 
 def walk_inputs():
@@ -3641,7 +3637,8 @@ def soft_labels_variant(logits, temperature, **changes):
     if not choices.log:
         soft = soft.exp()
     if choices.overflows:
-        soft = scaled.exp() / scaled.exp().sum(dim, keepdim=True)
+        powers = scaled.exp()
+        soft = powers / powers.sum(dim, keepdim=True)
     if choices.divides_after:
         soft = soft / temperature
     return soft
@@ -5693,8 +5690,9 @@ def run(
             final_config(cfg, cfg.n_epochs)
     if is_first_process():
         check_writable(out)
+    needs_teacher = any(cfg.needs_teacher for cfg in configs)
     path = None
-    if any(cfg.needs_teacher for cfg in configs):
+    if needs_teacher:
         path = teacher_file(data, teacher_path, out)
     check_processes_agree(
         {
@@ -5705,7 +5703,7 @@ def run(
         }
     )
     teacher = None
-    if any(cfg.needs_teacher for cfg in configs):
+    if needs_teacher:
         teacher = find_teacher(data, path, out, device, fresh)
     possible = possible_stages(configs, data, teacher)
     # submission.csv belongs to no stage, so its folder has a lock of its own.
@@ -5980,8 +5978,9 @@ def teacher_file(data, path=None, out=None):
 
     The last may be of an earlier session of Kaggle's, attached as an input.
     """
-    if path or data.teacher_path or data.is_demo:
-        return path or data.teacher_path
+    path = path or data.teacher_path
+    if path or data.is_demo:
+        return path
     folder = stage_folder(TEACHER_CONFIG, data, out)
     files = fingerprint(data.ids["training"], data.labels["training"])
     for place in (folder, *attached_folders(folder, TEACHER_CONFIG)):
@@ -6256,9 +6255,9 @@ def write_predictions(student, data, cfg, path, device, tta=False):
 def write_best(runs, data, out=None):
     """Copy the CSV of the best run by validation accuracy to submission.csv and return its path.
 
-    The stages of earlier calls there count too, if their images were the same. For the
-    demo set it is submission_demo.csv. Where the labels of the evaluation images are known, they
-    are not the homework's: None is returned and that is said.
+    The stages of earlier calls count too, those of the exercises edition among them, if their
+    images were the same. For the demo set it is submission_demo.csv. Where the labels of the
+    evaluation images are known, they are not the homework's: None is returned and that is said.
     """
     best = best_run(runs)
     accuracy = plus_minus(best.valid_acc, best.n_valid)

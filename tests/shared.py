@@ -1,5 +1,7 @@
 """What tests and benches share: the plain student, --set arguments, the comparison of two runs."""
 
+import json
+
 import torch
 
 import helpers as h
@@ -24,6 +26,18 @@ def without_seconds(folder):
     saved = torch.load(folder / "last.ckpt", weights_only=True)
     saved["history"] = [{**row, "seconds": 0} for row in saved["history"]]
     return saved
+
+
+def begun_by_two(path, epochs=None):
+    """Make a last.ckpt say that two processes began its run; its facts.
+
+    epochs: so many of its history are left; None: all.
+    """
+    saved = torch.load(path, weights_only=True)
+    facts = json.loads(saved["facts"]) | {"processes": 2}
+    changed = {"facts": json.dumps(facts), "history": saved["history"][:epochs]}
+    torch.save(saved | changed, path)
+    return facts
 
 
 def same(a, b):

@@ -11,8 +11,8 @@ import sys
 import nbformat
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT
+from shared import begun_by_two
 from torch import nn
 
 import helpers as h
@@ -315,10 +315,7 @@ def test_other_settings_do_not_throw_a_finished_run_away(
     with pytest.raises(h.UserError, match="the code of loss_fn_kd"):
         mine.run_stage(shorter, data, teacher)
     # Other code alone starts anew, also what two processes began: with own code one trains.
-    path = tmp_path / "exercises/medium/last.ckpt"
-    saved = torch.load(path, weights_only=True)
-    facts = h.json.loads(saved["facts"]) | {"processes": 2}
-    torch.save(saved | {"facts": h.json.dumps(facts), "history": saved["history"][:1]}, path)
+    begun_by_two(tmp_path / "exercises/medium/last.ckpt", epochs=1)
     capsys.readouterr()
     mine.run_stage(cfg, data, teacher)
     assert "medium: started again, for the code of loss_fn_kd" in capsys.readouterr().out

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT
-from shared import settings, without_seconds
+from shared import begun_by_two, settings, without_seconds
 
 import helpers as h
 
@@ -207,14 +207,6 @@ def test_a_stage_of_the_notebook_trains_on_all_gpus_is_stopped_and_goes_on(
 
     # A finished run is loaded, as ever.
     assert len(medium_stage(food, teacher_file, tmp_path, n_epochs=n + 1).history) == n + 1
-
-
-def begun_by_two(path):
-    """Make a checkpoint say that two processes began its run; its facts."""
-    saved = torch.load(path, weights_only=True)
-    facts = json.loads(saved["facts"]) | {"processes": 2}
-    torch.save(saved | {"facts": json.dumps(facts)}, path)
-    return facts
 
 
 def test_one_process_trains_where_several_cannot_and_says_why(

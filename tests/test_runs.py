@@ -635,6 +635,10 @@ def test_a_student_whose_answers_overflow_writes_no_csv(medium, food, tmp_path, 
     assert "cannot be scored" in capsys.readouterr().err
 
 
+def killed(*arguments):
+    raise RuntimeError("killed")
+
+
 class Answering(nn.Module):
     """A net of one layer with another kind of answer."""
 
@@ -685,9 +689,6 @@ def test_loaders_of_another_config_are_refused(food, tmp_path, tiny):
 
 
 def test_a_run_without_an_epoch_gives_way_to_other_settings(food, tmp_path, tiny, monkeypatch):
-    def killed(*args):
-        raise RuntimeError("killed")
-
     data = h.find_data(food)
     cfg = h.get_config("simple", **tiny)
     with monkeypatch.context() as patch:
@@ -728,9 +729,6 @@ def test_a_trained_teacher_is_found_again(food, tmp_path, tiny):
 def test_before_the_first_epoch_ends_there_is_no_student_to_predict_with(
     food, teacher_file, tmp_path, tiny, monkeypatch, capsys
 ):
-    def killed(*args):
-        raise RuntimeError("killed")
-
     cfg = h.get_config("medium", **tiny)
     with monkeypatch.context() as patch:
         patch.setattr(h, "train_one_epoch", killed)
