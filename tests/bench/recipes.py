@@ -763,9 +763,9 @@ RECIPES = {
     "handover_bare_dist": Recipe(HANDOVER, kd=dist_kd),
     "beyond_handover": Recipe(ALIGNED_HANDOVER, replay=False),
     "handover_related": Recipe(HANDOVER, loss=RelationalLoss, replay=False),
-    "handover_mix": Recipe(ALIGNED_HANDOVER, loss=mixed_views, replay=False),
-    "handover_cut": Recipe(ALIGNED_HANDOVER, loss=cut_views, replay=False),
-    "handover_full": Recipe(ALIGNED_HANDOVER, Spec(FULL, act="hswish").build, replay=False),
+    "handover_mix": Recipe(HANDOVER, loss=mixed_views, replay=False),
+    "handover_cut": Recipe(HANDOVER, loss=cut_views, replay=False),
+    "handover_full": Recipe(HANDOVER, Spec(FULL, act="hswish").build),
     # the last stage as it was, and that with one thing changed (for another loss also its
     # temperature; the branches belong to beyond_k5)
     "beyond": Recipe(BEYOND),
