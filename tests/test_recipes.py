@@ -152,25 +152,6 @@ def test_stored_rows_that_chose_no_epoch_are_of_the_last_one():
     assert (unchosen["accuracy"] == unchosen["last_accuracy"]).all()
 
 
-def test_relations_teach_the_student_and_an_adapter_but_not_the_teacher(teacher):
-    cfg = r.BEYOND
-    images = torch.randn(4, 3, 64, 64)
-    labels = torch.arange(4)
-    net = r.own_net(cfg, teacher)
-    loss_fn = r.RelationalLoss(cfg, net, teacher, None)
-    plain = h.DistillLoss(cfg, net, teacher)
-    out = loss_fn(images, labels)
-    expected = plain(images, labels).loss + out.terms["align"]
-    assert torch.allclose(out.loss, expected, rtol=1e-4)
-    assert out.terms["align"] > 0
-    out.loss.backward()
-    assert loss_fn.adapters["pool"].weight.grad.abs().sum() > 0
-    assert teacher.fc.weight.grad is None
-    features = torch.randn(6, 512)
-    assert r.relational_distance(3 * features, features) < 1e-6  # scale does not matter
-    assert r.relational_distance(torch.randn(6, 512), features) > 1e-3
-
-
 def test_early_alignment_is_alignment_in_the_first_half_and_needs_no_teacher_in_the_second(teacher):
     aligned = r.ALIGNED_HANDOVER
     cfg = r.RECIPES["handover_early"].cfg

@@ -490,48 +490,6 @@ class EarlyAlignment(h.DistillLoss):
             self.layers = self.early_layers
 
 
-class RelationalLoss(h.DistillLoss):
-    """DistillLoss plus the distance of the pictures' relations in the nets' pooled last features.
-
-    The student's go through a linear adapter to 512, the teacher's width; it is trained and is no
-    part of the student. They are 512 numbers a view, which could be stored and replayed where
-    feature maps cannot.
-    """
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.cfg.seed)
-            width = self.student.fc.in_features
-            self.adapters["pool"] = nn.Linear(width, self.teacher.fc.in_features)
-
-    def forward(self, images, labels, teacher_logits=None):
-        with (
-            h.feature_hooks(self.student, ["pool"]) as ours,
-            h.feature_hooks(self.teacher, ["avgpool"]) as theirs,
-        ):
-            out = super().forward(images, labels)
-        adapted = self.adapters["pool"](ours["pool"].float())  # (B, 512)
-        wanted = theirs["avgpool"].flatten(1).float()  # (B, 512, 1, 1) -> (B, 512)
-        term = relational_distance(adapted, wanted)
-        out.terms["align"] = term.detach()
-        return out._replace(loss=out.loss + term)
-
-
-def relations(features):
-    """Distances between all pictures of a batch over their mean: (B, M) -> (B, B)."""
-    squares = (features[:, None] - features).square().sum(2)  # (B, B)
-    # The root's gradient is infinite at zero, where the diagonal is.
-    distances = squares.clamp(min=1e-12).sqrt()
-    others = distances.sum() / (len(features) * (len(features) - 1))
-    return distances / others
-
-
-def relational_distance(adapted, wanted):
-    """25 times the smooth L1 distance of the relations (Park et al. 2019, its distance term)."""
-    return 25 * F.smooth_l1_loss(relations(adapted), relations(wanted))
-
-
 class ChangedViews(h.DistillLoss):
     """DistillLoss on batches that `change` alters before teacher and student see them.
 
@@ -762,7 +720,6 @@ RECIPES = {
     "handover_early": Recipe(HANDOVER, loss=EarlyAlignment),
     "handover_bare_dist": Recipe(HANDOVER, kd=dist_kd),
     "beyond_handover": Recipe(ALIGNED_HANDOVER, replay=False),
-    "handover_related": Recipe(HANDOVER, loss=RelationalLoss, replay=False),
     "handover_mix": Recipe(HANDOVER, loss=mixed_views, replay=False),
     "handover_cut": Recipe(HANDOVER, loss=cut_views, replay=False),
     "handover_full": Recipe(HANDOVER, Spec(FULL, act="hswish").build),
