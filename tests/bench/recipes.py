@@ -934,12 +934,17 @@ def train_all(names, args, data, teacher, device):
 
 
 def score_teacher(args, data, teacher, device):
-    """Print the teacher's validation accuracy; its classes (N,)."""
+    """Print the teacher's validation accuracy, with --six-views also theirs; its classes (N,)."""
+    cfg = h.Config(image_size=args.size)
     split = h.load_data(data, "validation", "eval", args.size)
-    loader = h.BatchLoader(split, h.Config(image_size=args.size), device)
+    loader = h.BatchLoader(split, cfg, device)
     logits, labels = h.predict_logits(teacher, loader)
     accuracy = h.plus_minus(accuracy_of(logits, labels), len(labels))
     print(f"the teacher at {args.teacher_size} px: {accuracy}", flush=True)
+    if args.six_views:
+        six = six_view_probabilities(teacher, cfg, data, loader)
+        accuracy = h.plus_minus(accuracy_of(six, labels), len(labels))
+        print(f"the same, six views: {accuracy}", flush=True)
     return logits.argmax(1)
 
 
@@ -1163,7 +1168,11 @@ def build_parser():
     add("--table", action="store_true")
     add("--against", default="published_boss")
     add("--predict", type=Path)
-    add("--six-views", action="store_true", help="predict from test-time variants too")
+    add(
+        "--six-views",
+        action="store_true",
+        help="the teacher's score, or with --predict the CSVs, from test-time variants too",
+    )
     return parser
 
 
