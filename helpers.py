@@ -321,7 +321,11 @@ class Config:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", self.exp_name):
             self._refuse("exp_name", "letters, digits, '_', '-', at most 64")
         # submission.csv is a copy of the best stage's.
-        if self.exp_name in ("submission", "submission_demo"):
+        is_taken = self.exp_name in ("submission", "submission_demo")
+        # teacher/ is where train_teacher keeps its net, and looks for it.
+        if self.exp_name == "teacher" and not self.student.startswith("resnet"):
+            is_taken = True
+        if is_taken:
             self._refuse("exp_name", "any other name")
 
     def _check_layers(self):
@@ -818,6 +822,8 @@ def data_root(root, needed=SPLITS):
     root = Path(user_path(root))
     if is_archive(root):
         raise UserError(f"{root} is an archive: unpack it and name the folder that comes out")
+    if root.is_file():
+        raise UserError(f"{root} is a file: name the folder of the data")
     if not root.is_dir():
         raise UserError(f"there is no folder {root}")
     if set(needed) <= set(split_folders(root)):
@@ -2829,20 +2835,26 @@ def state_dicts_in(saved):
     return found
 
 
-def without_prefix(tensors, first_key):
-    """A state dict without whatever stands before `first_key` in each of its keys.
+def prefixes_before(first_key, tensors):
+    """What stands before a net's first key in the keys of a state dict, the shortest first.
 
-    Keys that do not begin so are of something else, and are left out. None if the key is not there.
+    Several where it holds several nets side by side ("student.", "teacher.").
     """
-    prefixes = []
+    found = []
     for key in tensors:
         # With a dot before both, so that "deconv1.weight" is not taken for "conv1.weight".
         if f".{key}".endswith(f".{first_key}"):
-            prefixes.append(key.removesuffix(first_key))
-    if not prefixes:
-        return None
-    # The shortest, for in a ResNet "layer1.0.conv1.weight" ends with the first key too.
-    prefix = min(prefixes, key=len)
+            found.append(key.removesuffix(first_key))
+    outermost = []
+    for prefix in sorted(found, key=len):
+        # In a ResNet "layer1.0.conv1.weight" ends with the first key too, but lies further in.
+        if not prefix.startswith(tuple(outermost)):
+            outermost.append(prefix)
+    return outermost
+
+
+def without_prefix(tensors, prefix):
+    """What a state dict holds under a prefix; keys that do not begin so are of something else."""
     plain = OrderedDict()
     for key, tensor in tensors.items():
         name = key.removeprefix(prefix)
@@ -2911,15 +2923,12 @@ def load_net(path, first_key, net_for, what):
     ...), and its keys may have a prefix in common (module., model., _orig_mod.), which is what
     stands before `first_key`, a key of the net. net_for(state dict without the prefix) -> the net
     that it may belong to. what: the net in words, for the message. Raises UserError saying what the
-    file holds instead, or which tensor is not usable.
+    file holds instead, which tensor is not usable, or that it holds several such nets.
     """
     saved = load_file(path)
     fitting = {}
     reasons = []
-    for name, tensors in state_dicts_in(saved):
-        state = without_prefix(tensors, first_key)
-        if state is None:
-            continue
+    for name, state in candidates_in(saved, first_key):
         net = net_for(state)
         why = misfit(state, net)
         if why:
@@ -2936,6 +2945,17 @@ def load_net(path, first_key, net_for, what):
     check_values(path, state)
     net.load_state_dict(state, strict=False)  # strict but for num_batches_tracked, see `misfit`
     return net
+
+
+def candidates_in(saved, first_key):
+    """(name, state dict without its prefix) of all that may be a net in a loaded file."""
+    for name, tensors in state_dicts_in(saved):
+        prefixes = prefixes_before(first_key, tensors)
+        for prefix in prefixes:
+            whole_name = name
+            if len(prefixes) > 1:  # only then it says something
+                whole_name = f"{name}.{prefix}".strip(".")
+            yield whole_name, without_prefix(tensors, prefix)
 
 
 def the_one_to_take(path, names):
@@ -2997,6 +3017,8 @@ def load_teacher(path, device="cpu"):
     AveragedTeachers. Raises UserError saying what a file holds instead.
     """
     paths = path if isinstance(path, (list, tuple)) else [path]
+    if not paths or not all(isinstance(one, (str, os.PathLike)) for one in paths):
+        raise UserError("load_teacher wants the path of a teacher's file, or a list of paths")
     teachers = [load_resnet(one) for one in paths]
     teacher = teachers[0]
     if len(teachers) > 1:
@@ -4116,13 +4138,32 @@ def check_logits(net, image_size):
             raise WrongAnswer("it gives probabilities: leave the softmax to the loss")
 
 
+def last_activation(step):
+    """The activation that a tensor with this grad_fn comes from, by its name, or None."""
+    name = step.name()
+    # A reshaping keeps the numbers as they are: the step before it counts.
+    while re.match("View|Reshape|Unsafe|Squeeze|Select", name):
+        step = step.next_functions[0][0]
+        if step is None:
+            return None
+        name = step.name()
+    found = re.match("(Sigmoid|Relu|LeakyRelu|Hardtanh|Tanh|Gelu|Silu|Hardswish|Elu)Backward", name)
+    return found and found[1]
+
+
 def check_gradients(net, image_size):
     """WrongAnswer naming a parameter that no gradient reaches."""
     net.train()
     device = next(net.parameters()).device
     images = torch.randn(4, 3, image_size, image_size, device=device)
     labels = torch.arange(4, device=device)
-    F.cross_entropy(net(images), labels).backward()
+    logits = net(images)
+    if not logits.requires_grad:
+        raise WrongAnswer("none of its parameters is trained: is requires_grad off for them all?")
+    activation = last_activation(logits.grad_fn)
+    if activation:
+        raise WrongAnswer(f"its last step is {activation}: logits are any numbers, leave it out")
+    F.cross_entropy(logits, labels).backward()
     # None and not zero: a ReLU that is off has gradient zero, and may be on for other images.
     idle = [name for name, p in net.named_parameters() if p.requires_grad and p.grad is None]
     if idle:
@@ -4177,6 +4218,12 @@ def is_value(given, wanted):
 
 # The alignment.
 
+
+def bilinear(maps, side):
+    """Maps (B, C, H, W) interpolated to (B, C, side, side)."""
+    return F.interpolate(maps, (side, side), mode="bilinear", align_corners=False)
+
+
 RIGHT_ALIGNMENT = {
     "distance": F.smooth_l1_loss,
     "reduction": "mean",
@@ -4209,6 +4256,9 @@ ALIGNMENT_MISTAKES = {
     "only the last layer counts: add the terms up": {"layers": slice(-1, None)},
     "the larger map is interpolated: average it down (adaptive_avg_pool2d)": {
         "pool": F.interpolate
+    },
+    "the larger map is interpolated linearly: average it down (adaptive_avg_pool2d)": {
+        "pool": bilinear
     },
     "the larger map is pooled by its maximum: average it down": {"pool": F.adaptive_max_pool2d},
     "the student's maps are detached, so they learn nothing": {"detaches": True},
@@ -4252,8 +4302,9 @@ def observe_alignment(function):
             made[f"layer{number}"] = drawn.to(pick_device())
         return made
 
-    # Sides of layer1 to layer4: equal, then the teacher's larger, then the student's.
-    student_maps = maps(8, 4, 4, 2)  # of layer4, which has no weight, nothing may depend
+    # Sides of layer1 to layer4: equal, then the teacher's larger, then the student's. One is four
+    # times as large, for at twice the size interpolation is an average too.
+    student_maps = maps(8, 4, 8, 2)  # of layer4, which has no weight, nothing may depend
     teacher_maps = maps(8, 8, 2, 2)
     for drawn in student_maps.values():
         drawn.requires_grad_()
@@ -4269,7 +4320,8 @@ def observe_alignment(function):
         for name, parameter in adapters.named_parameters():
             inputs[f"the adapter's {name}{case}"] = parameter
         try:
-            value = function(student_maps, teacher_maps, weights, adapters)
+            # Copies, for an answer may put its pooled maps back.
+            value = function(dict(student_maps), dict(teacher_maps), weights, adapters)
         except KeyError as error:
             layer = error.args[0]
             if layer in weights or layer not in student_maps:
@@ -5424,10 +5476,15 @@ def load_student(path, device="cpu"):
     this module cannot build.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"there is no file {path}")
+    check_is_file(path)
+    config_path = path.with_name("config.json")
+    if not config_path.is_file():
+        raise UserError(
+            f"{path} has no config.json beside it, which says what net it is: copy it from the "
+            "folder of its run"
+        )
     try:
-        facts = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))
+        facts = json.loads(config_path.read_text(encoding="utf-8"))
         cfg = Config(**facts["config"])
         student = build_student(cfg)
         # A net of a learner's own has a config too, but not the layers that the config builds.
@@ -5556,14 +5613,19 @@ class Stage:
         return run
 
 
+def check_food_data(data):
+    """UserError where `data` is no FoodData."""
+    if not isinstance(data, FoodData):
+        raise UserError(f"data is {kind_of(data)}: hand in what find_data gives")
+
+
 def stage_folder(cfg, data, out=None):
     """Where a stage keeps its files: <out>/<stage>.
 
     For the demo set <out>/demo/<stage>, so that demo files never meet real ones. Raises UserError
     where `data` is no FoodData, for every call that trains asks here first.
     """
-    if not isinstance(data, FoodData):
-        raise UserError(f"data is {kind_of(data)}: hand in what find_data gives")
+    check_food_data(data)
     out = results_folder(out)
     if data.is_demo:
         out = out / "demo"
@@ -5621,10 +5683,15 @@ def prepare_stage(
 def own_student(cfg, student=None):
     """The net to train: the config's, a copy of a net that is handed in, or what a function builds.
 
-    A function's random weights are drawn from cfg.seed.
+    A function's random weights are drawn from cfg.seed. Raises UserError for anything else.
     """
     if student is None:
         return build_student(cfg)
+    if not callable(student):
+        raise UserError(
+            f"student is {kind_of(student)}: hand in a net, or a function or class that builds one "
+            "(a net of this module is chosen by the config's key student)"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
         net = student if isinstance(student, nn.Module) else student()
@@ -5676,7 +5743,8 @@ def run(
     also makes that submission.csv. What is wrong raises UserError before any work.
     """
     if isinstance(stages, str):
-        stages = [stages]
+        stages = [name.strip() for name in stages.split(",")]
+    check_food_data(data)
     out = results_folder(out)
     device = pick_device()
     configs = [get_config(stage, length, data.is_demo, **overrides) for stage in stages]
@@ -6132,6 +6200,9 @@ def predict(student, split, cfg, device="cpu", whole=None):
             "its weights are damaged or too large"
         )
     return answers.argmax(1)
+
+
+CSV_HEADER = b"Id,Category"
 
 
 def write_submission(path, ids, classes):
@@ -8253,14 +8324,24 @@ def is_of_the_system(error):
     return getattr(error, "errno", None) not in (None, 0, errno.EINVAL)
 
 
+def check_is_file(path):
+    """UserError unless there is a file at `path`."""
+    if path.is_dir():
+        inside = ""
+        if (path / BEST).is_file():
+            inside = f", perhaps its {BEST}"
+        raise UserError(f"{path} is a folder: name a file in it{inside}")
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
+
+
 def load_file(path):
     """torch.load with weights_only=True on the CPU: a file that would run code is refused.
 
     Raises UserError for a missing, damaged or unsafe file, saying what it is instead.
     """
     path = Path(user_path(path))
-    if not path.is_file():
-        raise UserError(f"there is no file {path}")
+    check_is_file(path)
     kind = kind_of_file(path)
     if kind:
         raise UserError(f"{path} is not loaded: {kind}")
@@ -8273,7 +8354,10 @@ def load_file(path):
         why = "it is damaged or no torch file"
         # torch's words for a pickle that names a class or function that is not allowed.
         if re.search("Unsupported (global|class)|GLOBAL", str(error)):
-            why = "it holds more than tensors and plain values"
+            why = (
+                "it holds more than tensors and plain values (a whole net, or objects of its "
+                "training): save the state dict alone, torch.save(net.state_dict(), path)"
+            )
         raise UserError(f"{path} is not loaded: {why}") from None
 
 
@@ -8592,6 +8676,8 @@ class Answers:
 
     def take(self, name, answer):
         """Check the answer to an exercise: it is returned where it is right, else the reference."""
+        if name not in EXERCISES:
+            raise UserError(f"{quoted(str(name))} is no exercise: {', '.join(EXERCISES)}")
         exercise = EXERCISES[name]
         if exercise.check(answer):
             self.own[name] = answer
@@ -9149,7 +9235,11 @@ def predict_command(args):
         raise UserError(f"--out {args.out} is a folder: name a CSV file")
     # Before the work: a place that cannot be written is told at once.
     check_writable(out.parent)
+    check_replaceable(out)
     data = read_folder(args.data, needed=("evaluation",))
+    folders = {path.parent.resolve() for path in data.files["evaluation"]}
+    if out.parent.resolve() in folders:  # where a later call might count it as a picture
+        raise UserError(f"--out {args.out} is among the evaluation images: name another place")
     device = pick_device()
     student, cfg = load_student(args.checkpoint, device)
     say_if_unfinished(args.checkpoint, cfg)
@@ -9158,6 +9248,18 @@ def predict_command(args):
     say(data.account())
     write_predictions(student, data, cfg, out, device, args.tta)
     print(f"{args.out}: {len(data.ids['evaluation'])} rows, {data.origin}")
+
+
+def check_replaceable(path):
+    """UserError where something other than an earlier CSV of predictions lies at `path`."""
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        start = file.read(len(CSV_HEADER))
+    if start != CSV_HEADER:
+        raise UserError(
+            f"--out {path} is a file already, and no CSV of predictions: name another one"
+        )
 
 
 def validate_command(args):

@@ -125,6 +125,18 @@ def test_an_alignment_that_names_the_layers_itself_is_told_so(said):
     )
 
 
+def test_an_alignment_may_put_its_pooled_maps_back(said):
+    def puts_back(student_maps, teacher_maps, weights, adapters):
+        for layer in weights:
+            side = min(student_maps[layer].shape[-1], teacher_maps[layer].shape[-1])
+            for maps in (student_maps, teacher_maps):
+                maps[layer] = F.adaptive_avg_pool2d(maps[layer], side)
+        return h.alignment(student_maps, teacher_maps, weights, adapters)
+
+    verdict, text = said(h.check_alignment, puts_back)
+    assert verdict, text
+
+
 # --- loss_fn_kd, as learners write it -------------------------------------------------------------
 
 
@@ -421,6 +433,10 @@ def test_lazy_layers_are_right_and_get_their_weights_from_the_seed():
         (OneSize, "it fails on images of 100 x 100"),
         (Together, "depends on the others of the batch"),
         (lambda: nn.Sequential(Net(), nn.Softmax(1)), "probabilities"),
+        (lambda: nn.Sequential(Net(), nn.Sigmoid()), "its last step is Sigmoid"),
+        (lambda: nn.Sequential(Net(), nn.ReLU(), nn.Flatten()), "its last step is Relu"),
+        (lambda: nn.Sequential(Net(), nn.Tanh(), nn.Unflatten(1, (11,))), "last step is Tanh"),
+        (lambda: Net().requires_grad_(False), "none of its parameters is trained"),
         (lambda: Net(4000), "the homework allows 60,000"),
         (lambda: nn.Sequential(Net(), nn.Linear(11, 10)), "(3, 10)"),
         (lambda: "net", "it builds a str"),

@@ -134,9 +134,17 @@ MISTAKES = [
     ("run --data FOOD --frsh", "unrecognized arguments"),
     ("evaluate --data FOOD", "--checkpoint"),
     ("evaluate --data FOOD --checkpoint no.ckpt", "there is no file no.ckpt"),
-    ("evaluate --data FOOD --checkpoint bare.ckpt", "does not go with a config.json beside it"),
+    ("evaluate --data FOOD --checkpoint bare.ckpt", "has no config.json beside it"),
+    ("evaluate --data FOOD --checkpoint FOOD", "is a folder: name a file in it"),
+    ("evaluate --data bare.ckpt --checkpoint bare.ckpt", "bare.ckpt is a file"),
     ("predict --data FOOD --checkpoint no.ckpt --out a.csv", "there is no file no.ckpt"),
     ("predict --data FOOD --checkpoint no.ckpt --out .", "--out . is a folder"),
+    ("predict --data FOOD --checkpoint bare.ckpt --out bare.ckpt", "no CSV of predictions"),
+    ("predict --data FOOD --checkpoint no.ckpt --out EVALUATION/12.csv", "among the evaluation"),
+    (
+        "run --data FOOD --stages simple --set exp_name=teacher",
+        "exp_name='teacher': allowed is any",
+    ),
     ("validate bare.ckpt --rows " + "9" * 15, "is no text in UTF-8"),
     pytest.param("run --data FOOD --set lr=" + "-" * 5000, "KEY=VALUE", id="a long value"),
     ("validate no.csv --rows 3", "there is no file no.csv"),
@@ -150,9 +158,8 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_2_and_leaves_nothing(
 ):
     torch.save({"a": torch.zeros(1)}, "bare.ckpt")
     before = sorted(here.rglob("*"))
+    line = line.replace("EVALUATION", str(food / "evaluation")).replace("FOOD", str(food))
     arguments = line.split()
-    if "FOOD" in arguments:
-        arguments[arguments.index("FOOD")] = str(food)
     assert h.main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error

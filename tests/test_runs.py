@@ -674,6 +674,12 @@ def test_what_is_no_teacher_and_what_is_no_data_is_one_sentence(food, teacher_fi
         h.run_stage(cfg, data, h.freeze(Answering(1000)), tmp_path)
     with pytest.raises(h.UserError, match="data is a str: hand in what find_data gives"):
         h.run_stage(cfg, str(food), None, tmp_path)
+    with pytest.raises(h.UserError, match="data is a str: hand in what find_data gives"):
+        h.run(str(food), "simple, medium", out=tmp_path)
+    with pytest.raises(h.UserError, match="student is a str: hand in a net, or a function"):
+        h.run_stage(cfg, h.find_data(food), None, tmp_path, student="dwpw")
+    with pytest.raises(h.UserError, match="unknown stage 'mediun'"):
+        h.run(h.find_data(food), "simple, mediun", out=tmp_path)
 
 
 def test_loaders_of_another_config_are_refused(food, tmp_path, tiny):

@@ -480,6 +480,34 @@ def test_a_file_with_something_else_is_named(teacher_file, harm, message):
         h.load_teacher(teacher_file)
 
 
+@pytest.mark.parametrize("names", [("student.", "teacher."), ("a.net.", "b.net.")])
+def test_two_nets_side_by_side_are_refused_in_either_order(teacher_file, names):
+    teacher = torch.load(teacher_file, weights_only=True)
+    other = h.build_student(h.Config(student="resnet18", seed=5)).state_dict()
+    for first, second in (names, names[::-1]):
+        both = {first + key: tensor for key, tensor in other.items()}
+        both |= {second + key: tensor for key, tensor in teacher.items()}
+        torch.save({"state_dict": both}, teacher_file)
+        with pytest.raises(h.UserError, match="it holds 2 nets .state_dict[.].*: save one of them"):
+            h.load_teacher(teacher_file)
+
+
+def test_beside_another_kind_of_net_the_one_that_fits_is_loaded(teacher_file):
+    teacher = torch.load(teacher_file, weights_only=True)
+    student = h.build_student(h.STAGES["simple"]).state_dict()
+    small = {"conv1.weight": torch.zeros(4, 3, 3, 3)}
+    both = {f"student.{key}": tensor for key, tensor in (student | small).items()}
+    both |= {f"teacher.{key}": tensor for key, tensor in teacher.items()}
+    torch.save(both, teacher_file)
+    assert h.load_teacher(teacher_file).fc.weight.equal(teacher["fc.weight"])
+
+
+@pytest.mark.parametrize("path", [None, [], torch.nn.Linear(1, 1)])
+def test_what_is_no_path_is_no_teachers_file(path):
+    with pytest.raises(h.UserError, match="wants the path of a teacher's file"):
+        h.load_teacher(path)
+
+
 def test_soft_labels_flatten_with_the_temperature():
     logits = torch.tensor([[4.0, 1.0, 0.0]])
     assert torch.allclose(h.soft_labels(logits, 1), logits.softmax(1))
