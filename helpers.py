@@ -2019,7 +2019,7 @@ def with_teacher_pictures(data):
 def draw_demo_set(root, per_class, seed):
     """Draw all splits: beside their place and then renamed, so that no half set is ever read."""
     for left in cache_root().glob("demo-drawing-*"):  # of a process that was killed
-        if time.time() - left.stat().st_mtime > 86_400:
+        if is_a_day_old(left):
             shutil.rmtree(left, ignore_errors=True)
     drawing = Path(tempfile.mkdtemp(prefix="demo-drawing-", dir=cache_root()))
     # Seeds of their own: a split's pictures do not depend on how many the others have.
@@ -3369,11 +3369,12 @@ class DistillLoss(nn.Module):
 
         kd, alpha, align = self.weights
         temperature = self.cfg.temperature
-        # A learner's own loss need not know of autocast.
-        both = (student_logits.float(), labels, teacher_logits.float())
-        loss = kd * self.loss_fn_kd(*both, alpha, temperature)
         # For the log, before they are weighed.
         terms = kd_terms(student_logits.detach(), labels, teacher_logits, temperature)
+        # A learner's own loss need not know of autocast, and may write to what it gets: the
+        # teacher's logits, which are stored for later epochs, it gets as a copy.
+        both = (student_logits.float(), labels, teacher_logits.float().clone())
+        loss = kd * self.loss_fn_kd(*both, alpha, temperature)
         if self.layers:
             term = self.alignment(student_maps, teacher_maps, self.layers, self.adapters)
             loss = loss + align * term
@@ -4557,7 +4558,13 @@ def build_optimizer(cfg, parameters):
     settings = {"lr": cfg.lr, "weight_decay": cfg.weight_decay, "fused": True}
     if cfg.optimizer == "sgd":
         settings |= {"momentum": 0.9, "nesterov": True}
-    return OPTIMIZERS[cfg.optimizer](parameters, **settings)
+    optimizer = OPTIMIZERS[cfg.optimizer](parameters, **settings)
+    if cfg.optimizer == "sgd":
+        # Where fp16 skips the very first step, torch leaves a fused momentum unset.
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def learning_rate(cfg, epoch):
@@ -4904,8 +4911,10 @@ def fit(loss_fn, train_loader, valid_loader, folder=None):
             teacher_key = (state_checksum(teacher), code_and_settings(teacher))
             views = TeacherViews(cfg, train_loader, teacher_key, loss_fn.dtype)
         if folder:
-            # Whatever was lost beside last.ckpt is written again; that of a finished run stays.
-            folder.save(state, last=not is_finished(state.history, cfg))
+            # Whatever was lost beside last.ckpt is written again; that of a finished run stays,
+            # if it is this folder's own.
+            is_whole = is_finished(state.history, cfg) and not folder.is_from_elsewhere
+            folder.save(state, last=not is_whole)
         try:
             train_epochs(state, train_loader, valid_loader, views, folder)
         except KeyboardInterrupt:
@@ -4925,9 +4934,12 @@ def refuse_other_views(loader, cfg):
     """
     if not isinstance(loader, BatchLoader):
         return
-    # `teacher_views` chooses the epoch that is shown.
-    names = ("image_size", "batch_size", "seed", "teacher_views", *VIEW_SETTINGS)
+    names = ("image_size", "batch_size", "seed", *VIEW_SETTINGS)
     other = [name for name in names if getattr(loader.cfg, name) != getattr(cfg, name)]
+    # How many epochs of views there are; 0: new ones in each.
+    ours, theirs = [c.teacher_views if c.replays else 0 for c in (cfg, loader.cfg)]
+    if ours != theirs:
+        other.append("teacher_views or whether there is a teacher")
     if other:
         raise UserError(
             f"{cfg.exp_name}: the training loader was made for another config; different are "
@@ -5147,6 +5159,7 @@ class RunFolder:
         self.facts = run_facts(loss_fn, data) | more_facts
         self.fresh = fresh
         self.began_fresh = False  # whether `restore` threw away what was there
+        self.is_from_elsewhere = False  # whether `restore` went on from an attached run
         self.damaged = {}  # {file: what is wrong with it}, as `load` found it
 
     def add_contents(self, split, dataset):
@@ -5200,6 +5213,7 @@ class RunFolder:
         if found is None:
             return
         saved, place = found
+        self.is_from_elsewhere = place != self.path
         try:
             state.load_state_dict(saved)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -5323,8 +5337,11 @@ def attached_folders(path, cfg):
     name = Path(cfg.exp_name)
     if path.is_relative_to(default_out()):
         name = path.relative_to(default_out())
+    # A kill between two renames leaves only the save before the last one.
+    found = [*attached_files(LAST), *attached_files(PREVIOUS)]
     # match compares from the right, so whatever input it lies in does not count.
-    return [found.parent for found in attached_files(LAST) if found.match(f"{name}/{LAST}")]
+    folders = {file.parent for file in found if file.parent.match(str(name))}
+    return sorted(folders)
 
 
 def check_folders(configs, data, out=None):
@@ -5459,7 +5476,7 @@ class Run:
 
     @property
     def finished(self):
-        """Whether it has had all its epochs."""
+        """Whether it has had all its epochs, or `patience` has ended it."""
         return is_finished(self.history.to_dict("records"), self.cfg)
 
     def student(self, device="cpu"):
@@ -5658,6 +5675,11 @@ def prepare_stage(
     student = own_student(cfg, student)
     check_budget(student, image_size=cfg.image_size)
     check_no_hidden_layers(student, cfg.image_size)
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise UserError(
+            "the student is frozen, as a Run's or a loaded one is: call "
+            "student.requires_grad_(True) before you hand it in"
+        )
     if not isinstance(teacher, (nn.Module, type(None))):
         raise UserError(f"the teacher is {kind_of(teacher)}: hand in what load_teacher gives")
     if not cfg.needs_teacher:
@@ -5933,7 +5955,8 @@ def fit_best_again(runs, data, teacher, out, fresh, final):
 def final_fit(validated, data, teacher=None, out=None, fresh=False, submit_it=False, **own):
     """Repeat a validated Run on training and validation images together.
 
-    Returns the path of its CSV, None if it is not finished. Every choice is the validated stage's,
+    Returns the path of its CSV; None if it is not finished, or the validated run has no epoch yet.
+    Every choice is the validated stage's,
     its best epoch included: there it stops. No images are left to validate on, so it has no
     validation score. It replaces submission.csv only with submit_it=True. own: student, loss_fn_kd,
     alignment and loss_weights, where the validated stage had its own; UserError where they or the
@@ -6042,13 +6065,16 @@ def train_teacher(data, out=None, cfg=None, fresh=False):
 
 
 def teacher_file(data, path=None, out=None):
-    """`path`, else the data folder's file, else that of `train_teacher` on these images, or None.
+    """`path`, else the data folder's file, else that of `train_teacher`, or None.
 
-    The last may be of an earlier session of Kaggle's, attached as an input.
+    The last counts where the training images had these names and labels. It may be of an earlier
+    session of Kaggle's, attached as an input.
     """
-    path = path or data.teacher_path
+    # The demo set's teacher is trained on it; one that lies near is of other pictures.
     if path or data.is_demo:
         return path
+    if data.teacher_path:
+        return data.teacher_path
     folder = stage_folder(TEACHER_CONFIG, data, out)
     files = fingerprint(data.ids["training"], data.labels["training"])
     for place in (folder, *attached_folders(folder, TEACHER_CONFIG)):
@@ -7742,6 +7768,7 @@ def processes_for(cfg, folder, device, fresh, own):
     n = gpus_of_notebook(device)
     if n == 1:
         return 1
+    own = [name for name, value in own.items() if value is not None]
     if own:
         names = ", ".join(own)
         say(
@@ -7961,6 +7988,8 @@ def texts_of(stream):
                 yield text, redraws
             # The text after a \r overwrites the line of the one before.
             redraws = end == "\r"
+    if rest.strip():  # the last line has no end
+        yield rest, redraws
 
 
 def stop(process, patience=40):
@@ -8228,8 +8257,16 @@ def remove_old_temporaries(path):
     """Remove what processes left that were killed while they wrote `path`, a day ago or more."""
     for left in path.parent.glob(".*.tmp"):
         is_ours = left.name.startswith(f".{path.name}.")
-        if is_ours and time.time() - left.stat().st_mtime > 86_400:
+        if is_ours and is_a_day_old(left):
             left.unlink(missing_ok=True)
+
+
+def is_a_day_old(path):
+    """Whether a file or folder was last written a day ago or more; not if it is gone by now."""
+    try:
+        return time.time() - path.stat().st_mtime > 86_400
+    except FileNotFoundError:
+        return False
 
 
 @contextlib.contextmanager

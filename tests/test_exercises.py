@@ -264,7 +264,9 @@ def test_a_stage_gets_the_answers_that_it_has_a_use_for(tmp_path, capsys):
     assert "student" not in mine.own_for(h.STAGES["strong"])
     mine.use_reference("studnet")
     assert "'studnet' is no exercise: training_loop, soft_labels" in capsys.readouterr().out
-    with pytest.raises(h.UserError, match="'soft_label' is no exercise: training_loop, soft_labels"):
+    with pytest.raises(
+        h.UserError, match="'soft_label' is no exercise: training_loop, soft_labels"
+    ):
         mine.take("soft_label", h.soft_labels)
 
 

@@ -693,6 +693,40 @@ def test_a_run_begun_without_the_input_does_not_hide_it(kaggle, capsys):
     assert "goes on after epoch 3 from" in capsys.readouterr().out
 
 
+def test_a_finished_input_is_this_folders_own_from_then_on(kaggle, capsys):
+    data = h.find_data()
+    wanted = h.state_checksum(simple_stage(data).student())
+    end_session(kaggle, kaggle / "elsewhere")
+    simple_stage(data, n_epochs=1)
+    (kaggle / "elsewhere").rename(kaggle / "input/first")
+    simple_stage(data)
+    # The input is detached again.
+    (kaggle / "input/first").rename(kaggle / "elsewhere")
+    capsys.readouterr()
+    run = simple_stage(data)
+    assert "finished before, loaded" in capsys.readouterr().out
+    assert h.state_checksum(run.student()) == wanted
+
+
+def test_an_input_that_a_kill_left_with_the_save_before_is_gone_on_from(kaggle, capsys):
+    data = h.find_data()
+    simple_stage(data, n_epochs=2)
+    first = kaggle / "input/first"
+    end_session(kaggle, first)
+    (first / "simple/last.ckpt").rename(first / "simple/previous.ckpt")
+    capsys.readouterr()
+    run = simple_stage(data)
+    assert "goes on after epoch 2 from" in capsys.readouterr().out
+    assert len(run.history) == 4
+
+
+def test_the_demo_set_is_not_taught_by_a_teacher_that_lies_near(kaggle, tmp_path):
+    demo = dataclasses.replace(h.find_data(), origin="demo set")
+    assert demo.teacher_path
+    assert h.teacher_file(demo, out=tmp_path) is None
+    assert h.teacher_file(demo, tmp_path / "named.ckpt") == tmp_path / "named.ckpt"
+
+
 def test_evaluation_images_are_no_part_of_what_a_run_remembers(food, tmp_path, capsys):
     """Not by the words for the data either, which tell whether one is missing."""
     data = h.find_data(food)

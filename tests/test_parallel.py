@@ -248,6 +248,9 @@ def test_a_run_goes_on_with_as_many_processes_as_it_began_with(
     assert h.processes_for(cfg, tmp_path / "medium", device, False, {}) == 2
     assert "2 of 4 GPUs at work" in capsys.readouterr().out
     assert h.processes_for(cfg, tmp_path / "medium", device, True, {}) == 4  # it starts again
+    # None is what a caller without own code hands on.
+    nothing = {"student": None, "loss_fn_kd": None}
+    assert h.processes_for(cfg, tmp_path / "medium", device, True, nothing) == 4
 
 
 def test_own_code_trains_in_the_notebooks_process(
@@ -275,12 +278,13 @@ def test_gpus_are_counted_in_a_notebook_on_the_first_gpu_alone(monkeypatch):
 
 
 def test_a_bar_redraws_its_line_and_lines_stay_lines():
-    printed = io.BytesIO("one\n\r 10%|█\r 20%|██\ntwo\n".encode())
+    printed = io.BytesIO("one\n\r 10%|█\r 20%|██\ntwo\nlast".encode())
     assert list(h.texts_of(printed)) == [
         ("one", False),
         (" 10%|█", True),
         (" 20%|██", True),
         ("two", False),
+        ("last", False),  # cut off, without an end
     ]
 
 

@@ -692,6 +692,38 @@ def test_loaders_of_another_config_are_refused(food, tmp_path, tiny):
     other = h.replace(cfg, batch_size=4, hflip=0.0)
     with pytest.raises(h.UserError, match="different are batch_size, hflip: hand this config to"):
         h.fit(h.DistillLoss(other, h.build_student(other)), *loaders)
+    # Of labels alone no view is shown again, whatever teacher_views says.
+    replaying = h.get_config("medium", **(tiny | {"teacher_views": 2}))
+    same_views = {key: getattr(cfg, key) for key in h.VIEW_SETTINGS}
+    replaying = h.replace(replaying, **same_views)
+    labels_alone = h.replace(replaying, loss_fn_type="CE")
+    with pytest.raises(h.UserError, match="different are teacher_views or whether there is a t"):
+        h.refuse_other_views(h.build_loaders(labels_alone, data, "cpu")[0], replaying)
+
+
+def test_a_frozen_student_is_told_before_anything_is_decoded(food, tmp_path, tiny):
+    cfg = h.get_config("simple", **tiny)
+    frozen = h.freeze(h.build_student(cfg))
+    with pytest.raises(h.UserError, match=r"is frozen, .* call student.requires_grad_.True."):
+        h.run_stage(cfg, h.find_data(food), None, tmp_path, student=frozen)
+    assert not (tmp_path / "simple").exists()
+
+
+def test_a_loss_that_writes_to_what_it_gets_leaves_the_stored_answers(teacher_file):
+    def in_place(student_logits, labels, teacher_logits, alpha, temperature):
+        teacher_logits /= temperature
+        return h.loss_fn_kd(student_logits, labels, teacher_logits, alpha, 1.0)
+
+    cfg = h.get_config("medium", image_size=64)
+    net = h.build_student(cfg).eval()
+    images = torch.randn(4, 3, 64, 64)
+    labels = torch.arange(4)
+    teacher = h.load_teacher(teacher_file)
+    outs = [
+        h.DistillLoss(cfg, net, teacher, own)(images, labels) for own in (h.loss_fn_kd, in_place)
+    ]
+    assert torch.equal(outs[0].teacher_logits, outs[1].teacher_logits)
+    assert torch.equal(outs[0].terms["kl"], outs[1].terms["kl"])
 
 
 def test_a_run_without_an_epoch_gives_way_to_other_settings(food, tmp_path, tiny, monkeypatch):

@@ -64,6 +64,26 @@ def test_learning_rate():
     assert h.learning_rate(cosine, 6) == pytest.approx(0.05)
 
 
+def test_a_first_step_that_fp16_skips_leaves_sgd_a_momentum_of_zero():
+    cfg = h.Config(optimizer="sgd", lr=0.1)
+    weights = []
+    for skips_first in (False, True):
+        weight = torch.nn.Parameter(torch.ones(1000))
+        optimizer = h.build_optimizer(cfg, [weight])
+        weight.grad = torch.full((1000,), 0.5)
+        if skips_first:
+            # What GradScaler tells a fused optimizer.
+            optimizer.grad_scale = torch.tensor(1.0)
+            optimizer.found_inf = torch.tensor(1.0)
+            optimizer.step()
+            assert torch.equal(weight.detach(), torch.ones(1000))
+            assert not optimizer.state[weight]["momentum_buffer"].any()
+            optimizer.found_inf = torch.tensor(0.0)
+        optimizer.step()
+        weights.append(weight.detach())
+    assert torch.equal(*weights)
+
+
 def test_optimizers_follow_the_config():
     weight = [torch.nn.Parameter(torch.ones(2))]
     for name, kind in h.OPTIMIZERS.items():
