@@ -721,8 +721,8 @@ def test_an_input_that_a_kill_left_with_the_save_before_is_gone_on_from(kaggle, 
 
 
 def test_the_demo_set_is_not_taught_by_a_teacher_that_lies_near(kaggle, tmp_path):
-    demo = dataclasses.replace(h.find_data(), origin="demo set")
-    assert demo.teacher_path
+    near = tmp_path / "resnet18_teacher.ckpt"
+    demo = dataclasses.replace(h.find_data(), origin="demo set", teacher_path=near)
     assert h.teacher_file(demo, out=tmp_path) is None
     assert h.teacher_file(demo, tmp_path / "named.ckpt") == tmp_path / "named.ckpt"
 
