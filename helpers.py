@@ -58,6 +58,7 @@ import types
 import unicodedata
 import urllib.parse
 import warnings
+import zipfile
 from collections import Counter, OrderedDict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -1195,6 +1196,11 @@ def check_evaluation_files(files, ignored):
             raise UserError(f"{ascii(str(path))} has a name that is no text: rename it")
 
 
+def is_called_as_an_id(path):
+    """Whether a file is called as evaluation images are: 0001, or 3_17 as in the original set."""
+    return re.fullmatch(r"\d+(_\d+)?", path.stem) is not None
+
+
 def keep_ids_without_picture(files, ignored):
     """Move evaluation files that are no pictures, but alone have an id, from `ignored` to `files`.
 
@@ -1202,9 +1208,7 @@ def keep_ids_without_picture(files, ignored):
     """
     taken = {path.stem for path in files}
     for path, why in list(ignored.items()):
-        # "0001", or "3_17" as in the original distribution.
-        is_id = re.fullmatch(r"\d+(_\d+)?", path.stem)
-        if why == NO_PICTURE and is_id and path.stem not in taken:
+        if why == NO_PICTURE and is_called_as_an_id(path) and path.stem not in taken:
             taken.add(path.stem)
             files.append(path)
             del ignored[path]
@@ -5494,6 +5498,8 @@ def load_student(path, device="cpu"):
     """
     path = Path(path)
     check_is_file(path)
+    if path.name in (LAST, PREVIOUS):
+        raise UserError(f"{path} is what a run goes on from: name the {BEST} beside it")
     config_path = path.with_name("config.json")
     if not config_path.is_file():
         raise UserError(
@@ -8412,6 +8418,25 @@ def numpy_number_classes():
 NUMPY_NUMBERS = numpy_number_classes()
 
 
+PACKED = "it is a packed archive: unpack it"
+
+
+def kind_of_zip(path):
+    """What a zip that is no checkpoint is, by the names in it; None for one that may be one."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = {name.rpartition("/")[2] for name in archive.namelist()}
+    except zipfile.BadZipFile:  # cut short, of which torch.load has to tell
+        return None
+    if "constants.pkl" in names:
+        return "it is a TorchScript file: save the state_dict() of its net with torch.save"
+    if "data.pkl" in names:
+        return None
+    if any(name.endswith(".npy") for name in names):
+        return "it holds numpy arrays: save a state dict of tensors with torch.save"
+    return PACKED
+
+
 def kind_of_file(path):
     """What a file that is no checkpoint is, by its first bytes; None for one that may be one."""
     with open(path, "rb") as file:
@@ -8428,10 +8453,12 @@ def kind_of_file(path):
         return "it is a .safetensors file: save its state dict with torch.save"
     if head.startswith(b"\x89HDF"):
         return "it is an HDF5 file (Keras?), no torch checkpoint"
-    # gzip, bzip2, RAR and 7z. A zip is not among them: torch's own files are zips.
+    # gzip, bzip2, RAR and 7z. A zip is looked into, for torch's own files are zips.
     if head.startswith((b"\x1f\x8b", b"BZh", b"Rar!", b"7z")):
-        return "it is a packed archive: unpack it"
-    is_torch_file = head.startswith((b"PK", b"\x80")) or b"\x80" in head[:32]  # zip, pickle, old
+        return PACKED
+    if head.startswith(b"PK"):
+        return kind_of_zip(path)
+    is_torch_file = b"\x80" in head[:32]  # a pickle, or the form before torch's zips
     if not is_torch_file and head.isascii():
         return "it is a text, no torch checkpoint"
     return None
@@ -9263,7 +9290,10 @@ def evaluate_command(args):
         raise UserError(f"{args.checkpoint} cannot be scored: its answers are not finite")
     n = score["n"]
     print(f"{args.checkpoint}: stage {cfg.exp_name}, {cfg.image_size} px, {data.origin}")
-    print(f"validation accuracy {plus_minus(score['valid_acc'], n)} ({n} images)")
+    what = "validation accuracy"
+    if not split_folders(data.root):  # a folder of pictures, of whichever split
+        what = f"accuracy in {data.root.name}"
+    print(f"{what} {plus_minus(score['valid_acc'], n)} ({n} images)")
 
 
 def predict_command(args):
@@ -9275,8 +9305,8 @@ def predict_command(args):
     check_replaceable(out)
     data = read_folder(args.data, needed=("evaluation",))
     folders = {path.parent.resolve() for path in data.files["evaluation"]}
-    if out.parent.resolve() in folders:  # where a later call might count it as a picture
-        raise UserError(f"--out {args.out} is among the evaluation images: name another place")
+    if out.parent.resolve() in folders and is_called_as_an_id(out):
+        raise UserError(f"--out {args.out} would count as an evaluation image: name another file")
     device = pick_device()
     student, cfg = load_student(args.checkpoint, device)
     say_if_unfinished(args.checkpoint, cfg)
@@ -9291,8 +9321,10 @@ def check_replaceable(path):
     """UserError where something other than an earlier CSV of predictions lies at `path`."""
     if not path.exists():
         return
-    with open(path, "rb") as file:
-        start = file.read(len(CSV_HEADER))
+    start = b""
+    if path.is_file():  # a pipe or a device is not even looked into
+        with open(path, "rb") as file:
+            start = file.read(len(CSV_HEADER))
     if start != CSV_HEADER:
         raise UserError(
             f"--out {path} is a file already, and no CSV of predictions: name another one"

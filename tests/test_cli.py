@@ -65,6 +65,12 @@ def test_run_evaluate_predict_validate(food, teacher_file, here, capsys):
     error = h.standard_error(accuracy, 11)
     assert last == f"validation accuracy {accuracy:.4f} +- {error:.4f} (11 images)"
 
+    # A folder of pictures is called by its name, for it may be of any split.
+    assert h.main(["evaluate", "--data", str(food / "training"), *checkpoint]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("accuracy in training 0.")
+    assert h.main(["evaluate", *data, "--checkpoint", "out/boss/last.ckpt"]) == 2
+    assert "name the student_best.ckpt beside it" in capsys.readouterr().err
+
     assert h.main(["predict", *data, *checkpoint, "--out", "mine.csv"]) == 0
     assert (here / "mine.csv").read_bytes() == (out / "boss.csv").read_bytes()
     assert h.main(["predict", *data, *checkpoint, "--out", "tta.csv", "--tta"]) == 0
@@ -140,7 +146,8 @@ MISTAKES = [
     ("predict --data FOOD --checkpoint no.ckpt --out a.csv", "there is no file no.ckpt"),
     ("predict --data FOOD --checkpoint no.ckpt --out .", "--out . is a folder"),
     ("predict --data FOOD --checkpoint bare.ckpt --out bare.ckpt", "no CSV of predictions"),
-    ("predict --data FOOD --checkpoint no.ckpt --out EVALUATION/12.csv", "among the evaluation"),
+    ("predict --data FOOD --checkpoint no.ckpt --out EVALUATION/12.csv", "would count as an"),
+    ("predict --data FOOD --checkpoint no.ckpt --out /dev/null", "no CSV of predictions"),
     (
         "run --data FOOD --stages simple --set exp_name=teacher",
         "exp_name='teacher': allowed is any",

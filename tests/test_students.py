@@ -2,6 +2,7 @@
 
 import math
 import random
+import zipfile
 from collections import Counter, OrderedDict
 
 import numpy as np
@@ -478,6 +479,36 @@ def test_a_file_with_something_else_is_named(teacher_file, harm, message):
     torch.save(harm(torch.load(teacher_file, weights_only=True)), teacher_file)
     with pytest.raises(h.UserError, match=message):
         h.load_teacher(teacher_file)
+
+
+def save_torch_script(path):
+    torch.jit.script(tiny_net()).save(path)
+
+
+def save_numpy_arrays(path):
+    with open(path, "wb") as file:
+        np.savez(file, a=np.zeros(3))
+
+
+def save_packed(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("in/resnet18_teacher.ckpt", b"weights")
+
+
+@pytest.mark.parametrize(
+    ("save", "message"),
+    [
+        (save_torch_script, r"it is a TorchScript file: save the state_dict\(\)"),
+        (save_numpy_arrays, "it holds numpy arrays"),
+        (save_packed, "it is a packed archive: unpack it"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*torch.jit")  # it is deprecated
+def test_a_zip_that_is_no_checkpoint_is_named(tmp_path, save, message):
+    path = tmp_path / "teacher.ckpt"
+    save(path)
+    with pytest.raises(h.UserError, match=message):
+        h.load_teacher(path)
 
 
 @pytest.mark.parametrize("names", [("student.", "teacher."), ("a.net.", "b.net.")])
