@@ -5750,6 +5750,11 @@ def run_stage(cfg, data, teacher=None, out=None, fresh=False, device=None, **own
     return stage.train(n)
 
 
+def split_names(text):
+    """The names in a text, between commas."""
+    return [name.strip() for name in text.split(",")]
+
+
 def run(
     data,
     stages=tuple(STAGES),
@@ -5771,7 +5776,7 @@ def run(
     also makes that submission.csv. What is wrong raises UserError before any work.
     """
     if isinstance(stages, str):
-        stages = [name.strip() for name in stages.split(",")]
+        stages = split_names(stages)
     check_food_data(data)
     out = results_folder(out)
     device = pick_device()
@@ -5962,11 +5967,10 @@ def final_fit(validated, data, teacher=None, out=None, fresh=False, submit_it=Fa
     """Repeat a validated Run on training and validation images together.
 
     Returns the path of its CSV; None if it is not finished, or the validated run has no epoch yet.
-    Every choice is the validated stage's,
-    its best epoch included: there it stops. No images are left to validate on, so it has no
-    validation score. It replaces submission.csv only with submit_it=True. own: student, loss_fn_kd,
-    alignment and loss_weights, where the validated stage had its own; UserError where they or the
-    teacher are others.
+    Every choice is the validated stage's, its best epoch included: there it stops. No images are
+    left to validate on, so it has no validation score. It replaces submission.csv only with
+    submit_it=True. own: student, loss_fn_kd, alignment and loss_weights, where the validated stage
+    had its own; UserError where they or the teacher are others.
     """
     if validated.history.empty:
         say(f"{validated.name}: no final fit, for it has no epoch yet")
@@ -6077,10 +6081,10 @@ def teacher_file(data, path=None, out=None):
     session of Kaggle's, attached as an input.
     """
     # The demo set's teacher is trained on it; one that lies near is of other pictures.
+    if not data.is_demo:
+        path = path or data.teacher_path
     if path or data.is_demo:
         return path
-    if data.teacher_path:
-        return data.teacher_path
     folder = stage_folder(TEACHER_CONFIG, data, out)
     files = fingerprint(data.ids["training"], data.labels["training"])
     for place in (folder, *attached_folders(folder, TEACHER_CONFIG)):
@@ -6234,13 +6238,14 @@ def predict(student, split, cfg, device="cpu", whole=None):
     return answers.argmax(1)
 
 
-CSV_HEADER = b"Id,Category"
+CSV_COLUMNS = ["Id", "Category"]
 
 
 def write_submission(path, ids, classes):
     """Write the CSV Id,Category, a row an image in the given order, whole or not at all."""
     # int, for a tensor would be written as "tensor(3)".
-    rows = pd.DataFrame({"Id": list(ids), "Category": [int(k) for k in classes]})
+    numbers = [int(k) for k in classes]
+    rows = pd.DataFrame(dict(zip(CSV_COLUMNS, (list(ids), numbers), strict=True)))
     write_text(path, rows.to_csv(index=False, lineterminator="\n"))
 
 
@@ -6264,7 +6269,7 @@ def validate_submission(path, ids):
         raise UserError(f"{path}: no row is wanted, so there is nothing to check")
     if not rows:
         raise UserError(f"{path}, row 1: the header is missing, not Id,Category")
-    if rows[0] != ["Id", "Category"]:
+    if rows[0] != CSV_COLUMNS:
         raise UserError(
             f"{path}, row 1: the header is {quoted(','.join(rows[0]))}, not Id,Category"
         )
@@ -8725,6 +8730,11 @@ EXERCISES = {
 }
 
 
+def no_exercise(name):
+    """What to say of a name that no exercise has, without the full stop."""
+    return f"{printable(repr(name))} is no exercise: {', '.join(EXERCISES)}"
+
+
 class Answers:
     """A learner's answers and guesses in the exercises edition.
 
@@ -8741,7 +8751,7 @@ class Answers:
     def take(self, name, answer):
         """Check the answer to an exercise: it is returned where it is right, else the reference."""
         if name not in EXERCISES:
-            raise UserError(f"{quoted(str(name))} is no exercise: {', '.join(EXERCISES)}")
+            raise UserError(no_exercise(name))
         exercise = EXERCISES[name]
         if exercise.check(answer):
             self.own[name] = answer
@@ -8755,7 +8765,7 @@ class Answers:
     def use_reference(self, name):
         """Put an exercise's reference back in the place of the learner's answer."""
         if name not in EXERCISES:
-            say(f"{printable(repr(name))} is no exercise: {', '.join(EXERCISES)}.")
+            say(f"{no_exercise(name)}.")
             return
         self.own.pop(name, None)
         say(f"{name}: the reference stands in below.")
@@ -9240,7 +9250,7 @@ def add_train(commands):
 def run_command(args):
     # Of a key that is given twice the last value counts.
     settings = dict(parse_setting(text) for text in args.set)
-    stages = [stage.strip() for stage in args.stages.split(",")]
+    stages = split_names(args.stages)
     length = args.length or chosen_length()
     # For its errors alone: a mistyped stage or value is told before any data is read.
     for stage in stages:
@@ -9291,7 +9301,7 @@ def evaluate_command(args):
     n = score["n"]
     print(f"{args.checkpoint}: stage {cfg.exp_name}, {cfg.image_size} px, {data.origin}")
     what = "validation accuracy"
-    if not split_folders(data.root):  # a folder of pictures, of whichever split
+    if is_plain_folder(data.root, ("validation",)):  # pictures of whichever split
         what = f"accuracy in {data.root.name}"
     print(f"{what} {plus_minus(score['valid_acc'], n)} ({n} images)")
 
@@ -9321,11 +9331,12 @@ def check_replaceable(path):
     """UserError where something other than an earlier CSV of predictions lies at `path`."""
     if not path.exists():
         return
+    header = ",".join(CSV_COLUMNS).encode()
     start = b""
     if path.is_file():  # a pipe or a device is not even looked into
         with open(path, "rb") as file:
-            start = file.read(len(CSV_HEADER))
-    if start != CSV_HEADER:
+            start = file.read(len(header))
+    if start != header:
         raise UserError(
             f"--out {path} is a file already, and no CSV of predictions: name another one"
         )
