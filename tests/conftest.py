@@ -1,19 +1,22 @@
 """Shared fixtures. Tests that want the photo set find it through HW13_PHOTOS, or skip."""
 
 import os
+import shutil
 import sys
-import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent if HERE.name == "next" else HERE.parent
+sys.path[:0] = [str(HERE), str(ROOT), str(ROOT / "submission")]
 os.environ["HW13_FAST"] = "1"
 os.environ["HW13_STRICT"] = "1"  # an illustration that fails is an error here
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as helpers.py has it, before torch is imported
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 
 import helpers as h  # noqa: E402
 
@@ -23,15 +26,10 @@ def _clean_environment(monkeypatch, tmp_path_factory):
     """No variable of the caller's machine reaches a test; the cache is shared by a test run and
     thrown away.
     """
-    for name in ("HW13_DATA", "HW13_KAGGLE"):
-        monkeypatch.delenv(name, raising=False)
-    # On a pretended Kaggle the session would else be as old as this machine, and its time be up.
-    monkeypatch.setenv("HW13_SESSION_START", str(time.time()))
+    monkeypatch.delenv("HW13_DATA", raising=False)
     base = tmp_path_factory.getbasetemp()
     monkeypatch.setenv("HW13_KAGGLE", str(base / "no_kaggle"))
-    cache = base / "cache"
-    cache.mkdir(exist_ok=True)
-    monkeypatch.setenv("HW13_CACHE", str(cache))
+    monkeypatch.setenv("HW13_CACHE", str(base / "cache"))
 
 
 def save_picture(path, seed=0, size=(60, 48), mode="RGB", **options):
@@ -44,12 +42,10 @@ def save_picture(path, seed=0, size=(60, 48), mode="RGB", **options):
     return path
 
 
-@pytest.fixture
-def food(tmp_path):
-    """A data folder in the homework's layout: 2 training, 1 validation image a class, 5 evaluation
-    images.
+def draw_food(root):
+    """A data folder in the homework's layout: 2 training, 1 validation image per class, and 5
+    evaluation images.
     """
-    root = tmp_path / "Food-11"
     for label in range(h.NUM_CLASSES):
         for n in range(2):
             size = (60 + 4 * n, 48 + label)  # no two shapes are alike
@@ -61,13 +57,23 @@ def food(tmp_path):
 
 
 @pytest.fixture
-def teacher_file(food):
-    """A random teacher with the homework's file name, in the data folder."""
-    torch.manual_seed(1)
-    teacher = h.build_student(h.Config(student="resnet18"))
-    path = food / h.TEACHER_FILE
-    torch.save(teacher.state_dict(), path)
+def food(tmp_path):
+    """The path of a small data folder, without a teacher."""
+    return draw_food(tmp_path / "Food-11")
+
+
+@pytest.fixture(scope="session")
+def a_teacher(tmp_path_factory):
+    """The path of a random teacher's file, made once."""
+    path = tmp_path_factory.mktemp("teacher") / h.TEACHER_FILE
+    torch.save(h.build_student(h.TEACHER_CONFIG).state_dict(), path)
     return path
+
+
+@pytest.fixture
+def teacher_file(food, a_teacher):
+    """The path of a random teacher's file with the homework's file name, in the data folder."""
+    return Path(shutil.copy(a_teacher, food))
 
 
 @pytest.fixture
@@ -77,9 +83,59 @@ def tiny():
 
 
 @pytest.fixture(scope="session")
+def trained(tmp_path_factory, a_teacher):
+    """The folder of one whole run, made once: food/ with a teacher, and out/ with strong, medium
+    and their CSVs. Copy it (`copied_run`) before you change it.
+    """
+    root = tmp_path_factory.mktemp("trained")
+    draw_food(root / "Food-11")
+    shutil.copy(a_teacher, root / "Food-11")
+    settings = {"image_size": 64, "n_epochs": 2, "batch_size": 8, "lr": 1e-3, "amp": "off"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HW13_KAGGLE", str(root / "no_kaggle"))
+        patch.setenv("HW13_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        data = h.read_folder(root / "Food-11")
+        h.run(data, ("medium", "strong"), out=root / "out", **settings)
+    return root
+
+
+@pytest.fixture
+def copied_run(trained, tmp_path):
+    """A copy of `trained` for a test of its own: a folder with Food-11/ and out/."""
+    return Path(shutil.copytree(trained, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="session")
 def photos():
     """The FoodData of the photo set, or a skip."""
     folder = os.environ.get("HW13_PHOTOS")
     if not folder or not Path(folder).is_dir():
         pytest.skip("HW13_PHOTOS names no folder of photographs")
     return h.find_data(folder)
+
+
+def without_seconds(folder):
+    """What last.ckpt of a run's folder holds, but for the times and its probe's numbers."""
+    saved = torch.load(folder / "last.ckpt", weights_only=True)
+    del saved["facts"]
+    saved["history"] = [{**row, "seconds": 0} for row in saved["history"]]
+    return saved
+
+
+def same(a, b):
+    """Whether two nested checkpoints are equal bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b or (a != a and b != b)
+
+
+def settings_of(**values):
+    """The --set arguments of a command line."""
+    arguments = []
+    for key, value in values.items():
+        arguments += ["--set", f"{key}={value}"]
+    return arguments

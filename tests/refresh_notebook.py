@@ -1,13 +1,13 @@
-"""Run the notebook on the demo set, clean it, and write it and the one-file notebooks made from it.
+"""Run the notebook on the demo set, clean it and store it with its outputs.
 
     python tests/refresh_notebook.py
 
-Outputs are kept, since people look before they run; execution counts and volatile metadata are not.
-The run is made in an empty folder with nothing but the notebook and helpers.py, so that it shows
-what a newcomer sees.
+People look before they run, so outputs are kept; what changes from run to run is not. The run is
+made in an empty folder with nothing but the notebook and helpers.py, as a newcomer has it.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,71 +17,94 @@ from pathlib import Path
 
 import nbformat
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import helpers as h  # noqa: E402
+HERE = Path(__file__).resolve().parent
+# The folder of hw13_distill.ipynb and helpers.py: the project's root, once tests/next/ is gone.
+SOURCE = HERE if HERE.name == "next" else HERE.parent
+NOTEBOOK = "hw13_distill.ipynb"
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+MARKS = {"exercise", "above", "tags"}  # what drives the editions and papermill
 
 
 def execute(notebook, folder, **environment):
-    """Run a notebook file in its folder with nbconvert, as the README does; (executed notebook,
-    seconds).
-    """
-    convert = [sys.executable, "-m", "jupyter", "nbconvert", "--to", "notebook", "--execute"]
+    """Run a notebook file in its folder with nbconvert: (executed notebook, seconds)."""
+    command = [sys.executable, "-m", "jupyter", "nbconvert", "--to", "notebook", "--execute"]
     start = time.perf_counter()
-    subprocess.run(
-        [*convert, "--output", "run", notebook],
+    done = subprocess.run(
+        [*command, "--output", "run", notebook],
         cwd=folder,
         env=os.environ | environment,
-        check=True,
         capture_output=True,
+        text=True,
     )
+    if done.returncode:
+        raise RuntimeError(done.stderr[-3000:])
     seconds = time.perf_counter() - start
-    executed = nbformat.read(Path(folder) / "run.ipynb", as_version=4)
-    return executed, seconds
+    return nbformat.read(Path(folder) / "run.ipynb", as_version=4), seconds
 
 
 def clean(notebook):
-    """Drop what changes from run to run without meaning: counts, timestamps, transient ids.
-
-    The marks that drive the exercises edition stay, and the one by which papermill sets LENGTH.
-    """
-    notebook.metadata = {
-        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-        "language_info": {"name": "python"},
-    }
+    """Drop counts, times and paths; ids are the cells' places."""
+    notebook.metadata = METADATA
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number:03d}"
-        kept = {"exercise", "tags"} & cell.metadata.keys()
-        cell.metadata = {key: cell.metadata[key] for key in sorted(kept)}
-        if cell.cell_type != "code":
-            continue
-        cell.execution_count = None
-        for output in cell.outputs:
-            output.pop("execution_count", None)
-            # The format wants the key here, if only as null.
-            if output.output_type == "execute_result":
-                output["execution_count"] = None
+        kept = sorted(MARKS & cell.metadata.keys())
+        cell.metadata = {key: cell.metadata[key] for key in kept}
+        if cell.cell_type == "code":
+            cell.execution_count = None
+            cell.outputs = clean_outputs(cell.outputs)
     nbformat.validate(notebook)
     return notebook
+
+
+def clean_outputs(outputs):
+    """Outputs without counts, with neighbouring pieces of printed text joined."""
+    kept = []
+    for output in outputs:
+        if output.output_type == "execute_result":
+            output.execution_count = None
+        if output.output_type != "stream":
+            plain = output.get("data", {}).get("text/plain", "")
+            if "/tmp/" in plain:  # a link's, which its HTML has without the folder
+                del output.data["text/plain"]
+            kept.append(output)
+        elif kept and kept[-1].get("name") == output.name:
+            kept[-1].text += output.text
+        else:
+            kept.append(output)
+    for output in kept:
+        if output.output_type == "stream":
+            output.text = clean_text(output.text)
+    return kept
+
+
+def clean_text(text):
+    """Printed text as it looks at the end: what a progress bar has overwritten is gone."""
+    lines = []
+    for line in text.split("\n"):
+        states = [state for state in line.split("\r") if state.strip()]
+        line = states[-1] if states else ""
+        if line.startswith("decode "):
+            continue
+        line = re.sub(r"<00:00, ", ", ", line)  # nothing is left to wait for
+        line = re.sub(r" in \S*cache/[^\s:;]+", "", line)
+        lines.append(re.sub(r"/tmp/[^\s,:;]+", "this folder", line))
+    return "\n".join(lines)
 
 
 def main():
     # No data, no Kaggle, a cache of its own: the demo set is drawn, and no run is shortened.
     environment = {"HW13_CACHE": "cache", "HW13_DATA": "", "HW13_FAST": ""}
     environment["HW13_KAGGLE"] = "/nowhere"
-    # No picture or table may be missing from what is committed.
-    environment["HW13_STRICT"] = "1"
+    environment["HW13_STRICT"] = "1"  # no picture or table may be missing from what is stored
     with tempfile.TemporaryDirectory() as folder:
-        for name in (h.NOTEBOOK, "helpers.py"):
-            shutil.copy(ROOT / name, folder)
-        notebook, seconds = execute(h.NOTEBOOK, folder, **environment)
-    path = ROOT / h.NOTEBOOK
-    nbformat.write(clean(notebook), path)
-    megabytes = path.stat().st_size / 1e6
-    print(f"{h.NOTEBOOK}: {seconds:.0f} s, {megabytes:.2f} MB")
-    print(h.export_notebook())
-    print(h.export_exercises())
+        for name in (NOTEBOOK, "helpers.py"):
+            shutil.copy(SOURCE / name, folder)
+        notebook, seconds = execute(NOTEBOOK, folder, **environment)
+    nbformat.write(clean(notebook), SOURCE / NOTEBOOK)
+    print(f"{NOTEBOOK}: {seconds:.0f} s. Now run: python submission/export.py")
 
 
 if __name__ == "__main__":

@@ -1,534 +1,291 @@
-"""Finding, reading and decoding data.
+"""A folder becomes FoodData, and its pictures a Split: places, layouts, decoding, the cache.
 
-Both layouts, every image mode, stray and damaged files, the cache.
+Folders that are not usable are in test_faults.py.
 """
 
 import os
-import shutil
-import struct
 import time
-import warnings
-from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from conftest import save_picture
-from PIL import Image, ImageOps
+from PIL import Image
+from torchvision import transforms
 
 import helpers as h
 
 
-def public_copy(root):
-    """Class folders as public copies have them, with their own spelling."""
-    names = [name.replace("/", "-") for name in h.CLASS_NAMES]
-    for split in h.SPLITS:
-        for label, name in enumerate(names):
-            save_picture(root / split / name / f"{label}_0.jpg", label)
+def touched(root, pattern="{label}_0.jpg", splits=h.SPLITS):
+    """A folder of empty pictures, one per class and split, for what opens none."""
+    for split in splits:
+        for label, name in enumerate(h.CLASS_NAMES):
+            name = name.replace("/", "-")
+            path = root / split / pattern.format(label=label, name=name, lower=name.lower())
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
     return root
 
 
-def label_in(name):
-    """The number before a file name's first underscore."""
-    return int(name.split("_")[0])
+def labels_in(paths):
+    """The numbers before the underscores of files' names."""
+    return [int(path.name.partition("_")[0]) for path in paths]
 
 
-def pixels_of(image):
+def pixels(image):
     """A PIL image as a uint8 tensor (3, H, W)."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def loaded(root, split="training", form="eval", image_size=40):
+    return h.load_data(h.read_folder(root), split, form, image_size)
 
 
 # --- where data is looked for ---------------------------------------------------------------------
 
 
-def test_the_argument_wins_then_the_variable_then_kaggle_then_here(food, tmp_path, monkeypatch):
-    argument = tmp_path / "argument"
-    variable = tmp_path / "variable"
-    mount = tmp_path / "kaggle/input/x"
-    here = tmp_path / "here"
-    for place in (argument, variable, mount, here):
-        shutil.copytree(food, place / "Food-11")
-    monkeypatch.chdir(here)
-    assert h.find_data().root.resolve() == here / "Food-11"
+@pytest.mark.parametrize(
+    "place",
+    [
+        "here/Food-11",
+        "here/food11-hw13",
+        "here/data/Food-11",
+        "here/ml2022spring-hw13/food11-hw13",
+        "working/Food-11",
+        "working/food11-hw13",
+        "working/ml2023spring-hw13/Food-11/Food-11",
+        "input/ml2023spring-hw13/Food-11",
+        "input/competitions/ml2023spring-hw13/Food-11",
+        "input/datasets/someone/food11-image-dataset",
+        "input/food11/deeper/inside",
+    ],
+)
+def test_data_is_found_near_the_notebook_in_kaggles_inputs_and_where_a_cell_unpacks_it(
+    tmp_path, monkeypatch, place
+):
+    root = touched(tmp_path / place)
+    monkeypatch.setenv("HW13_KAGGLE", str(tmp_path))
+    monkeypatch.chdir(tmp_path / place.partition("/")[0])
+    assert h.find_data().root.absolute() == root
+
+
+def test_the_argument_wins_then_the_variable_then_an_input_then_here(tmp_path, monkeypatch):
+    names = ("variable", "kaggle/input/x", "here/Food-11")
+    variable, attached, here = (touched(tmp_path / name) for name in names)
+    monkeypatch.chdir(here.parent)
+    assert h.find_data().root.absolute() == here
     monkeypatch.setenv("HW13_KAGGLE", str(tmp_path / "kaggle"))
-    assert h.find_data().root == mount / "Food-11"
+    assert h.find_data().root == attached
     monkeypatch.setenv("HW13_DATA", str(variable))
-    assert h.find_data().root == variable / "Food-11"
-    assert h.find_data(argument / "Food-11").root == argument / "Food-11"
+    assert h.find_data().root == variable
+    assert h.find_data(here).root == here
 
 
-def test_data_folder_below_here(food, tmp_path, monkeypatch):
-    shutil.copytree(food, tmp_path / "work/data/Food-11")
-    monkeypatch.chdir(tmp_path / "work")
-    assert len(h.find_data().files["training"]) == 22
-    monkeypatch.chdir(food.parent / "work" / "data")
-    assert h.find_data() is not None
+def test_the_competition_wins_and_a_teacher_may_be_attached_apart(tmp_path, monkeypatch):
+    monkeypatch.setenv("HW13_KAGGLE", str(tmp_path))
+    touched(tmp_path / "input/a-public-copy")
+    competition = touched(tmp_path / "input/competitions/ml2023spring-hw13/Food-11")
+    teacher = save_picture(tmp_path / "input/teachers/a.jpg")
+    teacher = teacher.rename(teacher.with_name(h.TEACHER_FILE))
+    assert h.find_data().root == competition
+    assert h.find_data().teacher_path == teacher
 
 
-def test_nothing_found_is_none(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert h.find_data() is None
+# --- what a folder holds --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "mount",
+    ("pattern", "splits"),
     [
-        "ml2023spring-hw13",
-        "competitions/ml2023spring-hw13",
-        "datasets/someone/food",
-        "food11/deeper/inside",
+        ("{label}_0.jpg", "train val test"),  # as first distributed
+        ("{name}/{label}_0.jpg", "training validation evaluation"),
+        ("{lower} /{label}_0.JPG", "Training Valid TEST"),
+        ("{label}/{label}_0.png", "train valid eval"),
+        ("{label:02d}/{label}_0.jpeg", "training validation testing"),
     ],
 )
-def test_kaggle_mount_forms(food, tmp_path, monkeypatch, mount):
-    (tmp_path / "k/working").mkdir(parents=True)
-    shutil.copytree(food, tmp_path / "k/input" / mount / "Food-11")
-    monkeypatch.setenv("HW13_KAGGLE", str(tmp_path / "k"))
-    assert h.find_data().root == tmp_path / "k/input" / mount / "Food-11"
+def test_labels_are_those_of_the_names_in_both_layouts_and_all_spellings(tmp_path, pattern, splits):
+    root = touched(tmp_path / "archive", pattern, splits.split())
+    # What systems leave behind is no picture, and shifts no label.
+    touched(root, ".ipynb_checkpoints/{label}_9.jpg", splits.split())
+    data = h.read_folder(tmp_path)
+    assert data.root == root
+    for split in ("training", "validation"):
+        assert data.labels[split] == labels_in(data.files[split])
+        assert set(data.labels[split]) == set(range(11))
+    # Labels of evaluation images are never read.
+    assert data.labels["evaluation"] == [-1] * 11
+    if "/" in pattern:  # where names may be alike
+        assert data.ids["evaluation"] == [f"{n:04d}" for n in range(11)]
 
 
-def test_the_competition_wins_over_a_public_copy(food, tmp_path, monkeypatch):
-    inputs = tmp_path / "k/input"
-    (tmp_path / "k/working").mkdir(parents=True)
-    public_copy(inputs / "a-public-copy")
-    shutil.copytree(food, inputs / "competitions/ml2023spring-hw13/Food-11")
-    (inputs / "teachers").mkdir()
-    (inputs / "teachers" / h.TEACHER_FILE).write_bytes(b"x")
-    monkeypatch.setenv("HW13_KAGGLE", str(tmp_path / "k"))
-    data = h.find_data()
-    assert not data.class_folders
-    assert data.teacher_path == inputs / "teachers" / h.TEACHER_FILE
-
-
-def test_kaggle_without_input_says_what_to_attach(tmp_path, monkeypatch):
-    (tmp_path / "k/working").mkdir(parents=True)
-    monkeypatch.setenv("HW13_KAGGLE", str(tmp_path / "k"))
-    with pytest.raises(h.UserError, match="Add Input.*ml2023spring-hw13"):
-        h.find_data()
-
-
-# --- what a folder may hold -----------------------------------------------------------------------
-
-
-def test_flat_layout(food):
-    data = h.find_data(food)
-    counts = {split: len(files) for split, files in data.files.items()}
-    assert counts == {"training": 22, "validation": 11, "evaluation": 5}
-    assert data.ids["evaluation"] == ["0000", "0001", "0002", "0003", "0004"]
-    assert data.ids["training"] == sorted(data.ids["training"])
-    assert [label_in(name) for name in data.ids["training"]] == data.labels["training"]
-    assert data.labels["evaluation"] == [-1] * 5
-    assert not data.is_homework
-
-
-def test_counts_and_description_of_the_flat_layout(food):
-    data = h.find_data(food)
-    counts = data.counts()
-    assert counts.loc["Bread", "training"] == 2
-    assert counts.loc["all", "validation"] == 11
-    assert "training 22" in data.describe()
-    assert "not the homework's Food-11" in data.describe()
-
-
-def test_labels_with_two_digits_keep_the_string_order(food):
-    data = h.find_data(food)
+def test_ids_are_the_names_in_their_order_and_counts_say_what_is_there(food):
+    data = h.read_folder(food)
+    # A label of two digits keeps its place in the order of names.
     assert data.ids["training"][:4] == ["0_0", "0_1", "10_0", "10_1"]
-    assert data.labels["training"][2] == 10
+    assert data.ids["evaluation"] == ["0000", "0001", "0002", "0003", "0004"]
+    assert data.counts().loc["Bread"].tolist() == [2, 1, 0]
+    assert data.counts().loc["all"].tolist() == [22, 11, 5]
+    both = h.with_validation_images(data)
+    assert both.labels["training"] == labels_in(both.files["training"])
 
 
-def test_class_folders_are_matched_by_name_not_by_position(tmp_path):
-    root = public_copy(tmp_path / "copy")
-    (root / "training" / "Bread").rename(root / "training" / "bread ")
-    (root / "training" / "Vegetable-Fruit").rename(root / "training" / "vegetable_fruit")
-    (root / "training" / ".ipynb_checkpoints").mkdir()
-    data = h.find_data(root)
-    assert data.class_folders
-    assert sorted(data.labels["training"]) == list(range(11))
-    for split in h.SPLITS:
-        assert [label_in(path.stem) for path in data.files[split]] == data.labels[split]
-    assert data.ids["evaluation"] == [f"{i:04d}" for i in range(11)]
-    assert data.files["evaluation"] == sorted(data.files["evaluation"])
-    assert "not the homework's split" in data.origin
-
-
-def test_a_stray_or_missing_class_folder_is_an_error(tmp_path):
-    root = public_copy(tmp_path / "copy")
-    (root / "training" / "Asian").mkdir()
-    with pytest.raises(h.UserError, match="amiss are Asian"):
-        h.find_data(root)
-    shutil.rmtree(root / "training" / "Asian")
-    shutil.rmtree(root / "validation" / "Soup")
-    with pytest.raises(h.UserError, match="Soup .missing."):
-        h.find_data(root)
-
-
-def test_stray_files_are_ignored_with_a_count(food):
-    for name in ("._0_0.jpg", "Thumbs.db", ".DS_Store", "notes.txt"):
-        (food / "training" / name).write_bytes(b"x")
-    (food / "training" / "3_99.jpg").write_bytes(b"")
-    shutil.copy(food / "training" / "0_0.jpg", food / "training" / "picture.jpg")
-    data = h.find_data(food)
-    assert len(data.files["training"]) == 22
-    assert len(data.ignored) == 6
-    assert "Ignored 6" in data.describe()
-
-
-def remove_a_split(root):
-    shutil.rmtree(root / "validation")
-
-
-def empty_a_split(root):
-    for path in (root / "training").iterdir():
-        path.unlink()
-
-
-def give_a_label_out_of_range(root):
-    (root / "training/0_0.jpg").rename(root / "training/11_0.jpg")
-
-
-def take_the_labels_from_the_names(root):
-    for path in list((root / "training").iterdir()):
-        path.rename(path.with_name("x" + path.name))
-
-
-def use_an_id_twice(root):
-    save_picture(root / "evaluation/0001.png")
+# --- one picture ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("harm", "message"),
-    [
-        (remove_a_split, "no folder 'validation'"),
-        (empty_a_split, "no usable image"),
-        (give_a_label_out_of_range, "11_0.jpg has label 11"),
-        (take_the_labels_from_the_names, "no label in their name"),
-        (use_an_id_twice, "two images with the id 0001"),
-    ],
+    "kind", ["jpg L", "jpg CMYK", "png P", "png RGBA", "png LA", "png 1", "webp RGB", "gif P"]
 )
-def test_a_broken_folder_gives_one_clear_sentence(food, harm, message):
-    harm(food)
-    with pytest.raises(h.UserError, match=message) as error:
-        h.find_data(food)
-    assert "\n" not in str(error.value)
+def test_every_kind_of_picture_is_pillows_in_rgb(tmp_path, kind):
+    ending, mode = kind.split()
+    path = save_picture(tmp_path / f"a.{ending}", 3, mode=mode)
+    assert h.open_image(path) == Image.open(path).convert("RGB")
 
 
-def test_a_named_folder_that_is_not_there(tmp_path):
-    with pytest.raises(h.UserError, match="there is no folder"):
-        h.find_data(tmp_path / "nothing")
-
-
-# --- decoding -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("suffix", "mode"),
-    [
-        (".jpg", "L"),
-        (".jpg", "CMYK"),
-        (".png", "P"),
-        (".png", "RGBA"),
-        (".png", "LA"),
-        (".png", "1"),
-        (".png", "I;16"),
-    ],
-)
-def test_every_mode_is_handled_alike_on_both_paths(food, suffix, mode):
-    path = food / "validation" / f"0_0{suffix}"
-    (food / "validation/0_0.jpg").unlink()
-    if mode == "I;16":
-        ramp = np.arange(60 * 60).reshape(60, 60) * 18
-        Image.fromarray(ramp.astype(np.uint16)).save(path)
-    else:
-        save_picture(path, 3, (60, 60), mode)
-    data = h.find_data(food)
-    i = data.files["validation"].index(path)
-    split = h.load_data(data, "validation", "eval", 40)
-    reference, _ = h.FoodDataset(data, "validation", h.eval_transform(40))[i]
-    assert torch.equal(split.images[i], pixels_of(reference))
-    assert split.images[i].float().std() > 5  # neither black nor white
-
-
-def test_exif_rotation_is_undone(tmp_path):
+def test_a_turn_that_a_camera_notes_is_undone(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6
+    exif[0x0112] = 6  # a quarter, clockwise
     path = save_picture(tmp_path / "a.jpg", 1, (80, 40), exif=exif)
     assert h.open_image(path).size == (40, 80)
 
 
-def test_every_exif_turn_is_pils_own(tmp_path):
-    for orientation in range(10):
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        path = save_picture(tmp_path / f"{orientation}.png", 1, (80, 40), exif=exif)
-        with Image.open(path) as image:
-            wanted = pixels_of(ImageOps.exif_transpose(image).convert("RGB"))
-        assert torch.equal(pixels_of(h.open_image(path)), wanted)
+# --- a split of bytes -----------------------------------------------------------------------------
 
 
-def test_odd_exif_data_beside_good_pixels_does_no_harm(tmp_path, monkeypatch):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    path = save_picture(tmp_path / "a.jpg", 1, (80, 40), exif=exif)
-
-    def fail(*args, **options):
-        raise struct.error("argument out of range")
-
-    # As entries that do not fit their type do where the data is written anew.
-    monkeypatch.setattr(Image.Exif, "tobytes", fail)
-    assert h.open_image(path).size == (40, 80)
-    # As those do that cannot even be read.
-    monkeypatch.setattr(Image.Image, "getexif", fail)
-    assert h.open_image(path).size == (80, 40)
-
-
-def test_a_picture_of_16_bit_is_turned_too(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    pixels = np.arange(80 * 40, dtype=np.uint16).reshape(40, 80)
-    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
-    assert h.open_image(tmp_path / "a.png").size == (40, 80)
+@pytest.mark.parametrize("image_size", [40, 64, 97])
+def test_the_eval_form_is_the_reference_and_the_whole_form_a_squeeze_bit_for_bit(food, image_size):
+    # Written out, for the module's own chain is what is tested.
+    side = round(image_size * 256 / 224)
+    chains = {
+        "eval": transforms.Compose([transforms.Resize(side), transforms.CenterCrop(image_size)]),
+        "whole": transforms.Resize((side, side)),
+    }
+    for form, chain in chains.items():
+        split = loaded(food, form=form, image_size=image_size)
+        pictures = [Image.open(food / f"training/{name}.jpg") for name in split.ids]
+        assert torch.equal(split.images, torch.stack([pixels(chain(one)) for one in pictures]))
+        aspects = [one.width / one.height for one in pictures]
+        assert torch.equal(split.aspects, torch.tensor(aspects))
 
 
-def test_a_decompression_bomb_is_refused_by_name(tmp_path, monkeypatch):
-    path = save_picture(tmp_path / "bomb.png", 1, (200, 200))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(h.UserError, match="bomb.png.*bomb"):
-        h.open_image(path)
-
-
-def test_a_damaged_training_image_is_left_out_and_named(food, capsys):
-    for n in range(2, 12):
-        save_picture(food / "training" / f"0_{n}.jpg", n)
-    (food / "training/10_1.jpg").write_bytes(b"no picture")
-    data = h.find_data(food)
-    split = h.load_data(data, "training", "whole", 40)
-    assert len(split) == 31
-    assert len(split.images) == 31
-    assert len(split.labels) == 31
-    assert len(split.aspects) == 31
-    assert "10_1.jpg" in capsys.readouterr().out
-    assert "10_1" not in split.ids
-    last = h.open_image(food / "training" / f"{split.ids[-1]}.jpg")
-    last = last.resize((46, 46), Image.Resampling.BILINEAR)
-    assert torch.equal(split.images[-1], pixels_of(last))
-
-
-def test_many_damaged_training_images_are_an_error(food):
-    for n in range(5):
-        (food / f"training/{n}_1.jpg").write_bytes(b"no picture")
-    with pytest.raises(h.UserError, match="cannot use 5 of 22 images"):
-        h.load_data(h.find_data(food), "training", "whole", 40)
-
-
-def test_a_split_without_an_image_that_can_be_decoded_is_an_error(tmp_path):
-    for split in h.SPLITS:
-        save_picture(tmp_path / split / "0_0.jpg", 1)
-    (tmp_path / "validation/0_0.jpg").write_bytes(b"no picture")
-    with pytest.raises(h.UserError, match="cannot use 1 of 1 images: .*0_0.jpg"):
-        h.load_data(h.read_folder(tmp_path), "validation", "eval", 40)
-
-
-def test_a_damaged_evaluation_image_never_loses_its_row(food, capsys):
-    whole = (food / "evaluation/0001.jpg").read_bytes()
-    (food / "evaluation/0001.jpg").write_bytes(whole[: int(len(whole) * 0.8)])
-    (food / "evaluation/0002.jpg").write_bytes(b"no picture")
-    (food / "evaluation/0003.jpg").write_bytes(b"")
-    split = h.load_data(h.find_data(food), "evaluation", "eval", 40)
-    out = capsys.readouterr().out
-    assert split.ids == ("0000", "0001", "0002", "0003", "0004")
-    assert len(split.images) == 5
-    for text in ("0001.jpg", "as far as it goes", "0002.jpg", "0003.jpg"):
-        assert text in out
-    assert split.images[1].float().std() > 5
-    assert split.images[2].unique().tolist() == [h.NEUTRAL_GREY]
-    assert torch.equal(split.images[2], split.images[3])
+def test_the_pictures_after_a_damaged_one_keep_what_is_theirs(food):
+    whole = loaded(food)
+    (food / "training/3_1.jpg").write_bytes(b"no picture")
+    split = loaded(food)
+    left = [name != "3_1" for name in whole.ids]
+    assert split.ids == tuple(name for name in whole.ids if name != "3_1")
+    for name in ("labels", "aspects", "images"):
+        assert torch.equal(getattr(split, name), getattr(whole, name)[left])
 
 
 # --- the cache ------------------------------------------------------------------------------------
 
 
-def test_the_cache_is_reused_and_follows_the_files(food, monkeypatch):
-    data = h.find_data(food)
-    first = h.load_data(data, "training", "whole", 40)
-    with monkeypatch.context() as patch:
-        patch.setattr(h, "decode_all", lambda *args: pytest.fail("decoded twice"))
-        assert torch.equal(h.load_data(data, "training", "whole", 40).images, first.images)
-    save_picture(food / "training/0_0.jpg", 77, (90, 40))
-    again = h.load_data(h.find_data(food), "training", "whole", 40)
-    assert again.cache != first.cache
-    assert not torch.equal(again.images[0], first.images[0])
-    assert again.aspects[0] == 90 / 40
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder."""
+    monkeypatch.setenv("HW13_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
-def test_a_cut_cache_file_is_made_again(food):
-    data = h.find_data(food)
-    split = h.load_data(data, "training", "whole", 41)
-    pixels = split.images.clone()
-    split.cache.write_bytes(split.cache.read_bytes()[:100])
-    assert torch.equal(h.load_data(data, "training", "whole", 41).images, pixels)
+@pytest.fixture
+def opened(cache, monkeypatch):
+    """The pictures that are opened in place of the folder's, slowly."""
+    paths = []
+
+    def open_slowly(path):
+        paths.append(path)
+        time.sleep(0.005)
+        return Image.new("RGB", (60, 48))
+
+    monkeypatch.setattr(h, "open_image", open_slowly)
+    return paths
 
 
-def test_decoding_leaves_the_warning_filters_alone(food):
-    before = list(warnings.filters)
-    h.load_data(h.find_data(food), "training", "whole", 43)
-    assert warnings.filters == before
+def renamed(name):
+    return lambda picture: picture.rename(picture.parent / name)
 
 
-def test_forms_and_sizes(food):
-    data = h.find_data(food)
-    whole = h.load_data(data, "validation", "whole", 40)
-    evaluated = h.load_data(data, "validation", "eval", 40)
-    assert whole.form == "whole"
-    assert evaluated.form == "eval"
-    assert whole.images.shape == (11, 3, 46, 46)
-    assert evaluated.images.shape == (11, 3, 40, 40)
-    assert whole.images.dtype == torch.uint8
-    assert h.source_size(224) == 256
-    assert torch.equal(whole.labels, evaluated.labels)
-    assert whole.aspects.tolist() == [60 / 48] * 11
+@pytest.mark.parametrize(
+    ("change", "decodes", "same_contents"),
+    [
+        (lambda picture: picture.chmod(0o600), 1, True),
+        (lambda picture: picture.parents[1].rename(picture.parents[2] / "moved"), 1, True),
+        (lambda picture: os.utime(picture, (1, 1)), 2, True),
+        (renamed("3_2.jpg"), 2, True),
+        (renamed("4_2.jpg"), 2, False),
+        (lambda picture: picture.write_bytes(picture.read_bytes() + b"0"), 2, False),
+    ],
+)
+def test_the_cache_goes_by_names_sizes_and_times_and_contents_by_bytes_and_labels(
+    food, opened, change, decodes, same_contents
+):
+    before = loaded(food)
+    change(food / "training/3_1.jpg")
+    after = loaded(food.parent)
+    assert len(opened) == 22 * decodes
+    assert (after.contents == before.contents) == same_contents
 
 
-def test_without_user_numbers_the_cache_folder_bears_the_users_name(tmp_path, monkeypatch):
-    """Windows has no os.getuid."""
-    monkeypatch.delenv("HW13_CACHE")
-    monkeypatch.delattr("os.getuid")
-    monkeypatch.setattr("getpass.getuser", lambda: "someone")
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert h.cache_root() == tmp_path / "hw13_cache_someone"
+def test_a_killed_decode_leaves_nothing_that_stays(food, cache):
+    child = os.fork()
+    if child == 0:
+        try:
+            h.open_image = lambda path: os.kill(os.getpid(), 9)
+            loaded(food)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 9
+    assert len(list(cache.glob(".*.part"))) == 1
+    assert len(loaded(food)) == 22
+    assert sorted(path.suffix for path in cache.iterdir()) == [".lock", ".npy", ".pt"]
+
+
+def test_of_two_programs_that_want_one_split_the_first_decodes(food, opened):
+    with ThreadPoolExecutor(2) as programs:
+        list(programs.map(loaded, [food, food]))
+    assert len(opened) == 22
+
+
+@pytest.mark.parametrize(("cpus", "threads"), [(3, 3), (64, 8)])
+def test_a_decode_uses_the_cpus_that_it_may_use_eight_at_most(
+    food, cache, monkeypatch, cpus, threads
+):
+    """A container has fewer CPUs than its machine, and each decoded picture needs memory."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(cpus))
+    monkeypatch.setattr(h, "ThreadPoolExecutor", lambda n: pytest.fail(f"{n} threads"))
+    with pytest.raises(pytest.fail.Exception, match=f"^{threads} threads"):
+        loaded(food)
 
 
 # --- the drawn demo set ---------------------------------------------------------------------------
 
 
-def test_the_demo_set_is_marked_and_the_same_every_time():
-    data = h.make_demo_data()
-    assert data.is_demo
-    assert "demo" in data.describe()
-    assert not data.is_homework
-    assert h.make_demo_data().files == data.files
-    once = h.draw_dish(4, np.random.default_rng(3))
-    twice = h.draw_dish(4, np.random.default_rng(3))
-    assert np.array_equal(np.asarray(once), np.asarray(twice))
-
-
-def labels_in_names(folder):
-    """{number: label} of the files <label>_<number>.jpg of a folder."""
-    pairs = [path.stem.split("_") for path in folder.iterdir()]
-    return {int(number): int(label) for label, number in pairs}
-
-
-def test_three_training_labels_in_ten_of_the_demo_set_are_wrong_and_no_other_ones(tmp_path):
-    h.draw_split(tmp_path / "right/training", 20, 5)
-    h.draw_split(tmp_path / "wrong/training", 20, 5, h.DEMO_WRONG_LABELS)
-    right = labels_in_names(tmp_path / "right/training")
-    wrong = labels_in_names(tmp_path / "wrong/training")
-    assert list(Counter(right.values()).values()) == [20] * h.NUM_CLASSES
-    assert set(wrong.values()) == set(range(h.NUM_CLASSES))
-    n_wrong = sum(right[number] != wrong[number] for number in right)
-    assert abs(n_wrong - 66) < 25  # three standard deviations of 220 draws are 20
-
-    data = h.make_demo_data()
-    per_class = h.FAST_DEMO_PICTURES
-    assert set(Counter(data.labels["validation"]).values()) == {per_class["validation"]}
-    theirs = h.with_teacher_pictures(data).labels["training"]
-    assert set(Counter(theirs).values()) == {per_class[h.DEMO_TEACHER_FOLDER]}
-
-
-def test_the_demo_sets_teacher_has_pictures_that_no_student_sees(tmp_path, capsys):
+def test_three_training_labels_in_ten_of_the_demo_set_are_wrong_and_no_others(cache, monkeypatch):
+    # A picture as wide as its label tells.
+    monkeypatch.setattr(h, "draw_dish", lambda label, rng: Image.new("RGB", (50 + label, 50)))
     data = h.make_demo_data()
     theirs = h.with_teacher_pictures(data)
-    assert len(theirs.files["training"]) == 110
     assert not set(theirs.files["training"]) & set(data.files["training"])
-    assert theirs.files["validation"] == data.files["validation"]
-    assert not any(h.DEMO_TEACHER_FOLDER in str(path) for path in h.find_data(data.root).ignored)
-    h.train_teacher(data, tmp_path / "out")
-    assert "110 images in" in capsys.readouterr().out
 
-    # Copied without them, it has the training images alone.
-    shutil.copytree(data.root, tmp_path / "Food-11")
-    copied = h.find_data(tmp_path / "Food-11")
-    assert copied.is_demo
-    assert h.with_teacher_pictures(copied) is copied
+    def share_of_wrong_labels(some, split):
+        widths = [Image.open(path).width for path in some.files[split]]
+        return np.mean(np.array(widths) - 50 != some.labels[split])
 
-
-def test_another_seed_draws_another_demo_set():
-    data = h.make_demo_data()
-    other = h.make_demo_data(seed=1)
-    assert other.root != data.root
-    first = data.files["validation"][0].read_bytes()
-    assert all(path.read_bytes() != first for path in other.files["validation"])
+    assert share_of_wrong_labels(data, "validation") == 0
+    assert share_of_wrong_labels(theirs, "training") == 0
+    # Three standard deviations of 154 draws.
+    assert abs(share_of_wrong_labels(data, "training") - 0.3) < 0.11
 
 
-def test_only_pictures_are_decoded(food):
-    """PostScript called .jpg would start another program, and may never end."""
-    path = food / "evaluation/0001.jpg"
-    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n{} loop\n")
-    with pytest.raises(h.UserError, match="0001.jpg cannot be decoded .UnidentifiedImageError"):
-        h.open_image(path)
-    assert "EPS" not in h.picture_formats()
-    assert {"JPEG", "PNG", "GIF", "BMP", "TIFF"} <= set(h.picture_formats())
-
-
-@pytest.mark.parametrize("size", [(20_000, 1), (1, 20_000), (10_000_000, 1)])
-def test_a_strip_cannot_be_decoded_and_its_evaluation_row_stays(food, size, capsys):
-    Image.new("L", size).save(food / "evaluation/0001.png")
-    (food / "evaluation/0001.jpg").unlink()
-    data = h.find_data(food)
-    for form in ("eval", "whole"):
-        split = h.load_data(data, "evaluation", form, 64)
-        assert split.ids == ("0000", "0001", "0002", "0003", "0004")
-        out = capsys.readouterr().out
-        assert f"0001.png cannot be decoded (ValueError: a strip of {size[0]} x {size[1]}" in out
-        assert "replaced by a grey picture" in out
-
-
-def test_a_long_picture_is_still_one(food):
-    Image.new("RGB", (2_000, 10), (200, 10, 10)).save(food / "training/0_0.jpg")
-    split = h.load_data(h.find_data(food), "training", "eval", 64)
-    assert len(split) == 22
-
-
-def test_the_demo_set_is_drawn_once_and_what_a_killed_drawing_left_is_removed(
-    tmp_path, monkeypatch, capsys
-):
-    def cannot_write(*arguments):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setenv("HW13_CACHE", str(tmp_path))
-    for name, age in (("old", 2 * 86_400), ("young", 60)):
-        left = tmp_path / f"demo-drawing-{name}"
-        left.mkdir()
-        os.utime(left, (time.time() - age,) * 2)
-    root = h.make_demo_data().root
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == sorted([root.parent.name, "demo-drawing-young"])
-
-    # Of several processes of a machine the first draws.
-    def drawn(*arguments):
-        raise AssertionError("a second process draws")
-
-    monkeypatch.setattr(h, "draw_split", drawn)
-    assert h.make_demo_data().root == root
-    monkeypatch.undo()
-    monkeypatch.setenv("HW13_CACHE", str(tmp_path))
-    # Cleaners of temporary folders take the files that nobody has read for long.
-    for lost in (
-        root / h.DEMO_MARK,
-        root / "evaluation/0003.jpg",
-        root.parent / h.DEMO_TEACHER_FOLDER,
-    ):
-        if lost.is_dir():
-            shutil.rmtree(lost)
-        else:
-            lost.unlink()
-        assert h.make_demo_data().is_demo
-        assert lost.exists()
-    # Where nothing can be written what is left is used as it is.
-    (root / "evaluation/0003.jpg").unlink()
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", cannot_write)
-        assert len(h.make_demo_data().files["evaluation"]) == 43
-    assert "cannot be drawn anew there" in capsys.readouterr().out
-    shutil.rmtree(root)
-    monkeypatch.setattr(h, "is_first_on_node", lambda: False)
-    with pytest.raises(h.UserError, match="no folder"):
+def test_a_stopped_drawing_is_begun_anew_and_a_whole_one_never_again(cache, monkeypatch):
+    monkeypatch.setattr(h, "FAST_DEMO_PICTURES", dict.fromkeys(h.FAST_DEMO_PICTURES, 1))
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(h, "draw_dish", None)
         h.make_demo_data()
+    data = h.make_demo_data()
+    assert [path for path in cache.iterdir() if path.is_dir()] == [data.root.parent]
+    assert "DEMO" in data.describe()
+    monkeypatch.setattr(h, "draw_dish", None)
+    assert h.make_demo_data() == data

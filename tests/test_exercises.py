@@ -1,247 +1,637 @@
-"""The exercises edition: untouched and solved, each run whole, and what stands in its cells."""
+"""The checks of a learner's answers: right cells pass, whatever their style, and slips are told.
 
-import ast
-import contextlib
-import io
-import re
-import shutil
-import subprocess
-import sys
+A slip is an edit of a right cell: (words that are told, {old text: new text}).
+"""
 
-import nbformat
-import numpy as np
+import exercises
 import pytest
-from conftest import ROOT
-from shared import begun_by_two
+import torch
+import torch.nn.functional as F
 from torch import nn
 
 import helpers as h
 
-# Of every exercise: the cell to write has a place of its own.
-WRITTEN = {*h.EXERCISES, "views"}
+# --- cells as learners write them -----------------------------------------------------------------
+
+SOFT_LABELS = """
+def my_soft_labels(logits, temperature):
+    return F.softmax(logits / temperature, dim=-1)
+"""
+BY_EXP = """
+def my_soft_labels(logits, temperature):
+    scaled = logits / temperature
+    powers = (scaled - scaled.max(-1, keepdim=True).values).exp()
+    return powers / powers.sum(-1, keepdim=True)
+"""
+
+LOSS = """
+def my_loss_fn_kd(student_logits, labels, teacher_logits, alpha=0.5, temperature=20.0):
+    log_p = F.log_softmax(student_logits / temperature, dim=1)
+    q = F.softmax(teacher_logits / temperature, dim=1)
+    soft = F.kl_div(log_p, q, reduction="batchmean")
+    hard = F.cross_entropy(student_logits, labels)
+    return alpha * temperature**2 * soft + (1 - alpha) * hard
+"""
+LOSS_BY_HAND = """
+def my_loss_fn_kd(s, y, t, a, T):
+    p = (t / T).softmax(1)
+    soft = (p * (p.log() - (s / T).log_softmax(1))).sum(1).mean()
+    return a * T * T * soft + (1 - a) * F.nll_loss(s.log_softmax(1), y)
+"""
+LOSS_BY_CROSS_ENTROPY = """
+def my_loss_fn_kd(student_logits, labels, teacher_logits, alpha, temperature):
+    soft = F.cross_entropy(student_logits / temperature, F.softmax(teacher_logits / temperature, 1))
+    return alpha * temperature**2 * soft + (1 - alpha) * F.cross_entropy(student_logits, labels)
+"""
+LOSS_OF_LAYERS = """
+class Loss(nn.Module):
+    def forward(self, student_logits, labels, teacher_logits, alpha=0.5, temperature=20.0):
+        log_p = nn.LogSoftmax(dim=1)(student_logits / temperature)
+        q = nn.Softmax(dim=1)(teacher_logits / temperature)
+        soft = nn.KLDivLoss(reduction="sum")(log_p, q) / len(labels)
+        hard = nn.CrossEntropyLoss()(student_logits, labels)
+        return soft * (alpha * temperature * temperature) + hard * (1.0 - alpha)
+
+my_loss_fn_kd = Loss()
+"""
+
+LOOP = """
+def my_training_loop(student, train_loader, cfg):
+    optimizer = torch.optim.Adam(student.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    for epoch in range(cfg.n_epochs):
+        train_loader.set_epoch(epoch)
+        student.train()
+        for images, labels, *_ in train_loader:
+            logits = student(images)
+            loss = F.cross_entropy(logits, labels)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(student.parameters(), cfg.grad_norm_max)
+            optimizer.step()
+"""
+LOOP_IN_BFLOAT16 = """
+def my_training_loop(student, train_loader, cfg):
+    weights = [p for p in student.parameters()]
+    opt = torch.optim.Adam([{"params": weights}], cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+    criterion = nn.CrossEntropyLoss()
+    student.train()
+    for epoch in range(0, cfg.n_epochs):
+        train_loader.set_epoch(epoch)
+        right = 0
+        for batch in train_loader:
+            for p in weights:
+                p.grad = None
+            with torch.autocast(batch.images.device.type, torch.bfloat16):
+                logits = student(batch.images)
+                loss = criterion(logits, batch.labels)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(weights, max_norm=cfg.grad_norm_max)
+            opt.step()
+            right += (logits.argmax(1) == batch.labels).sum().item()
+        student.eval()
+        with torch.no_grad():
+            student(batch.images)
+        student.train()
+        print(epoch, loss.item(), right / len(train_loader.dataset), len(train_loader))
+"""
+
+BLOCK = """
+def my_dwpw_conv(in_channels, out_channels, kernel_size=3, stride=2, padding=1):
+    return nn.Sequential(
+        nn.Conv2d(in_channels, in_channels, kernel_size, stride, padding, groups=in_channels),
+        nn.BatchNorm2d(in_channels),
+        nn.LeakyReLU(0.01),
+        nn.Conv2d(in_channels, out_channels, 1),
+        nn.BatchNorm2d(out_channels),
+        nn.LeakyReLU(0.01),
+    )
+"""
+BLOCK_AS_CLASS = """
+class my_dwpw_conv(nn.Module):
+    def __init__(self, in_channels, out_channels, kernel_size=3, stride=2, padding=1):
+        super().__init__()
+        self.last_norm = nn.BatchNorm2d(out_channels)
+        self.pointwise = nn.Conv2d(in_channels, out_channels, 1)
+        self.norm = nn.BatchNorm2d(in_channels)
+        window = dict(kernel_size=kernel_size, stride=stride, padding=padding)
+        self.depthwise = nn.Conv2d(in_channels, in_channels, groups=in_channels, **window)
+
+    def forward(self, x):
+        x = F.leaky_relu(self.norm(self.depthwise(x)))
+        x = self.last_norm(self.pointwise(x))
+        return torch.where(x > 0, x, 0.01 * x)
+"""
+BLOCK_OF_PARAMETERS = """
+class my_dwpw_conv(nn.Module):
+    def __init__(self, i, o, kernel_size=3, stride=2, padding=1):
+        super().__init__()
+        self.window = (stride, padding, 1, i)
+        self.w1 = nn.Parameter(torch.randn(i, 1, kernel_size, kernel_size))
+        self.b1 = nn.Parameter(torch.zeros(i))
+        self.w2 = nn.Parameter(torch.randn(o, i))
+        self.b2 = nn.Parameter(torch.zeros(o, 1, 1))
+        self.norm1 = nn.BatchNorm2d(i)
+        self.norm2 = nn.BatchNorm2d(o)
+
+    def forward(self, x):
+        x = F.conv2d(x, self.w1, self.b1, *self.window)
+        x = F.leaky_relu(self.norm1(x), 0.01)
+        x = torch.einsum("oc,bchw->bohw", self.w2, x) + self.b2
+        return F.leaky_relu(self.norm2(x), 0.01, inplace=True)
+"""
+EINSUM = 'torch.einsum("oc,bchw->bohw", self.w2, x)'
+LAZY_BLOCK = """
+def my_dwpw_conv(in_channels, out_channels, kernel_size=3, stride=2, padding=1):
+    layers = [nn.LazyConv2d(in_channels, kernel_size, stride, padding, groups=in_channels)]
+    layers += [nn.LazyBatchNorm2d(), nn.LeakyReLU(inplace=True)]
+    layers += [nn.LazyConv2d(out_channels, 1), nn.LazyBatchNorm2d(), nn.LeakyReLU(inplace=True)]
+    return nn.Sequential(*layers)
+"""
+
+WEIGHTS = """
+def my_loss_weights(cfg, progress):
+    if cfg.loss_schedule == "handover":
+        return h.LossWeights(kd=10 * progress**2, alpha=1 - progress**2, align=1.0)
+    return h.LossWeights(1.0, cfg.alpha, 1.0)
+"""
+
+ALIGNMENT = """
+def my_alignment(student_maps, teacher_maps, weights, adapters):
+    total = 0
+    for layer, weight in weights.items():
+        ours = adapters[layer](student_maps[layer])
+        theirs = teacher_maps[layer]
+        side = min(ours.shape[-1], theirs.shape[-1])
+        ours = F.adaptive_avg_pool2d(ours, side)
+        theirs = F.adaptive_avg_pool2d(theirs, side)
+        total = total + weight * F.smooth_l1_loss(ours, theirs)
+    return total
+"""
+ALIGNMENT_PUT_BACK = """
+def my_alignment(student_maps, teacher_maps, weights, adapters):
+    for n in weights:
+        sizes = [maps[n].shape[-1] for maps in (student_maps, teacher_maps)]
+        for maps, size in zip((student_maps, teacher_maps), sizes):
+            if size > min(sizes):
+                maps[n] = F.interpolate(maps[n], (min(sizes), min(sizes)), mode="area")
+        if student_maps[n].shape[1] != teacher_maps[n].shape[1]:
+            student_maps[n] = adapters[n](student_maps[n])
+    criterion = nn.SmoothL1Loss()
+    return sum(w * criterion(student_maps[n], teacher_maps[n].detach()) for n, w in weights.items())
+"""
+
+STUDENT = """
+class my_student(nn.Module):
+    def __init__(self, width=16):
+        super().__init__()
+        self.blocks = nn.ModuleList([h.dwpw_conv(3, width)])
+        self.pool = h.GlobalAvgPool()
+        self.fc = nn.Linear(width, 11)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.fc(self.pool(x))
+"""
+CONVOLUTIONAL_STUDENT = """
+def my_student():
+    head = [nn.LazyConv2d(11, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(h.dwpw_conv(3, 16), *head)
+"""
+
+VIEWS = """
+my_views = {
+    "crop_scale": (0.7, 1.0),
+    "hflip": 0.5,
+    "vflip": 0.5,
+    "rotation": 180,
+    "affine": 30.0,
+}
+"""
+
+POINTWISE = {
+    "by conv2d": "F.conv2d(x, self.w2[:, :, None, None])",
+    "by a product": "(x.movedim(1, -1) @ self.w2.T).movedim(-1, 1)",
+    "with a bias": "F.linear(x.movedim(1, -1), self.w2, self.b2.flatten()).movedim(-1, 1)",
+    "by linear": "F.linear(x.permute(0, 2, 3, 1), self.w2).permute(0, 3, 1, 2)",
+}
+# Of each exercise: the cell that is edited below, and others that are right.
+RIGHT = {
+    "soft_labels": [SOFT_LABELS, BY_EXP],
+    "loss_fn_kd": [LOSS, LOSS_BY_HAND, LOSS_BY_CROSS_ENTROPY, LOSS_OF_LAYERS],
+    "training_loop": [LOOP, LOOP_IN_BFLOAT16],
+    "dwpw_conv": [BLOCK, BLOCK_AS_CLASS, LAZY_BLOCK, BLOCK_OF_PARAMETERS]
+    + [BLOCK_OF_PARAMETERS.replace(EINSUM, other) for other in POINTWISE.values()],
+    "loss_weights": [WEIGHTS, WEIGHTS.replace("10 * progress", "torch.tensor(10) * progress")],
+    "alignment": [ALIGNMENT, ALIGNMENT_PUT_BACK],
+    "student": [
+        STUDENT,
+        CONVOLUTIONAL_STUDENT,
+        STUDENT + "\nmy_student = my_student()",
+        STUDENT.replace("nn.Linear(width, 11)", "nn.LazyLinear(11)"),
+        "my_student = h.plain_student",
+    ],
+    "views": [VIEWS, VIEWS.replace("(0.7, 1.0)", "[0.7, 1]")],
+}
+
+# --- slips ----------------------------------------------------------------------------------------
+
+SOFT_LABEL_SLIPS = [
+    ({"logits / t": "logits * t"}, "multiplied by the temperature"),
+    ({"logits / temperature": "logits"}, "not divided by the temperature"),
+    ({"dim=-1": "dim=0"}, "over the batch", "one picture, (11,)", "dim=-1"),
+    ({"dim=-1": "dim=1"}, "right: softmax of", "two batches", "dim=-1"),
+    ({"F.softmax": "F.log_softmax"}, "the logarithm"),
+    ({"logits / temperature, dim=-1)": "logits, -1) / temperature"}, "nothing follows the softmax"),
+    ({"F.softmax(logits / temperature, dim=-1)": "logits / temperature"}, "add up to 1"),
+    ({"    return": "    logits /= temperature\n    return"}, "not logits /= temperature"),
+    ({"return ": ""}, "return statement"),
+    ({"logits, temperature": "temperature, logits"}, "its arguments is logits, temperature"),
+    ({", temperature)": ")"}, "takes 1 positional argument", "Compare its arguments"),
+    ({"F.softmax": "F.sofmax"}, "no attribute 'sofmax'", "(line 3 of its cell"),
+    ({"F.softmax": "softmax"}, "'softmax' is not defined", "spelling"),
+    ({"return F.softmax(logits / temperature, dim=-1)": "..."}, "return statement"),
+    (
+        {"F.softmax(logits / t": "F.log_softmax(logits * t", "-1": "0"},
+        "multiplied by the temperature",
+        "the logarithm",
+        "over the batch",
+    ),
+]
+
+SWAPPED = "Student and teacher are swapped"
+KL = "F.kl_div(log_p, q, "
+LOSS_SLIPS = [
+    (
+        {KL: "F.kl_div(q.log(), log_p.exp(), "},
+        SWAPPED,
+        "right: the weight of the soft loss",
+    ),
+    ({KL: "F.kl_div(q, log_p, "}, "a gradient of finite numbers", "student's logarithms first"),
+    ({KL: "F.kl_div(log_p, q.log(), "}, "not their logarithm"),
+    ({"F.log_softmax": "F.softmax"}, "wants log_softmax of the student"),
+    ({"batchmean": "mean"}, "mean over the classes too", "batchmean"),
+    ({"batchmean": "sum"}, "summed over the batch"),
+    ({"temperature**2 * ": ""}, "Multiply it by temperature ** 2."),
+    ({"temperature**2": "temperature"}, "temperature ** 2, not by temperature"),
+    ({"student_logits / temperature": "student_logits"}, "student's logits are not divided"),
+    ({"teacher_logits / temperature": "teacher_logits"}, "teacher's logits are not divided"),
+    ({"teacher_logits / t": "teacher_logits * t"}, "teacher's logits are multiplied"),
+    ({"dim=1": "dim=0"}, "runs over the batch", "right: the cross-entropy"),
+    ({"entropy(student_logits": "entropy(student_logits / temperature"}, "it wants the plain ones"),
+    ({"entropy(student_logits": "entropy(student_logits.softmax(1)"}, "gets probabilities"),
+    ({"labels)\n": "labels, label_smoothing=0.1)\n"}, "Leave out label_smoothing"),
+    ({"labels)\n": "labels, label_smoothing=0.03)\n"}, "Leave out label_smoothing"),
+    (
+        {"alpha *": "(1 - alpha) *", "(1 - alpha) * hard": "alpha * hard"},
+        "labels' loss by 1 - alpha",
+    ),
+    ({"alpha * temp": "temp"}, "the weight of the soft loss: with alpha = 0", "by alpha"),
+    ({"(1 - alpha) * ": ""}, "the labels' loss: with alpha = 1", "right: the weight of the soft"),
+    (
+        {"(1 - alpha) * hard": "alpha * hard"},
+        "the labels' loss: with alpha = 0, temperature = 4: 0",
+    ),
+    ({"+ (1": "- (1"}, "The sign is wrong"),
+    ({"alpha *": "0.5 *"}, "with alpha = 0, temperature = 4: 8.0"),
+    ({"    log_p": "    temperature = 6\n    log_p"}, "divided by the argument temperature"),
+    ({KL + 'reduction="batchmean"': "F.mse_loss(log_p, q"}, "right: with alpha = 0", "alpha = 1"),
+    ({"alpha=0.5, temperature=20.0": "temperature, alpha"}, "the order of its arguments"),
+    ({"alpha=0.5, temperature=20.0": "T, a", "alpha": "a", "temperature": "T"}, "swapped with"),
+    ({"temperature**2": "temperature^2"}, "A power is written temperature ** 2"),
+    ({"alpha * temperature**2 * soft": "alpha * soft * temperature ^ 2"}, "A power is written"),
+    ({"return alpha": "alpha"}, "Is there a return?"),
+    ({"* hard": "* hard.item()", "soft +": "soft.item() +"}, "leave out .item()"),
+    ({"    log_p": "    student_logits = student_logits.detach()\n    log_p"}, ".detach()"),
+    ({"labels)\n": "labels, reduction='none')\n"}, "Take the mean"),
+    ({"    log_p": "    student_logits /= 1.5\n    log_p"}, "not logits /= temperature"),
+    ({"q = F.softmax(": "q = torch.exp(", ", dim=1)\n    soft": ")\n    soft"}, "soft labels"),
+    ({"return": "raise NotImplementedError\n    return"}, "my_loss_fn_kd is still to be written"),
+    ({"labels)\n": "label)\n"}, "NameError: name 'label' is not defined", "(line 6 of its cell"),
+    (
+        {
+            "batchmean": "mean",
+            "temperature**2 * ": "",
+            "labels)\n": "labels, label_smoothing=0.2)\n",
+        },
+        "Multiply it by temperature ** 2. It is a mean over the classes too",
+        "Leave out label_smoothing",
+    ),
+    (
+        {KL: "F.kl_div(q.log(), log_p.exp(), ", "**2": "", "(1 - alpha) * ": ""},
+        SWAPPED,
+        "temperature ** 2, not by temperature",
+        "labels' loss by 1 - alpha",
+    ),
+    (
+        {
+            "F.log_softmax": "F.softmax",
+            "teacher_logits / temperature": "teacher_logits",
+            "alpha *": "",
+        },
+        "wants log_softmax of the student",
+        "teacher's logits are not divided",
+        "by alpha",
+    ),
+    (
+        {"batchmean": "sum", "student_logits / temperature": "student_logits", "y(s": "y(5 * s"},
+        "alpha = 0",
+        "alpha = 1",
+    ),
+]
+
+LOOP_SLIPS = [
+    ({"range(cfg.n_epochs)": "range(2)"}, "[0, 0, 1, 1], where [0, 0, 1, 1, 2, 2]", "cfg.n_epochs"),
+    ({"optimizer.step()": "optimizer.step()\n            return"}, "return after the loops"),
+    ({"        train_loader.set_epoch(epoch)\n": ""}, "['none', ", "train_loader.set_epoch(epoch)"),
+    ({"set_epoch(epoch)": "set_epoch(epoch + 1)"}, "[1, 1, 2, 2], where [0, 0, 1, 1] is wanted"),
+    ({"        student.train()\n": ""}, "Call student.train()", "right: the optimizer"),
+    ({"student.train()": "student.eval()"}, "Call student.train()"),
+    ({"student(images)": "student(images).softmax(1)"}, "Hand it the plain logits"),
+    ({"labels)\n": "labels, reduction='sum')\n"}, "leave its reduction at the mean"),
+    ({"Adam(": "AdamW("}, "['AdamW'], where ['Adam'] is wanted", "Make a torch.optim.Adam."),
+    ({"Adam(": "SGD("}, "'SGD'"),
+    ({"lr=cfg.lr, ": ""}, "Hand it cfg.lr", "0.001"),
+    ({", weight_decay=cfg.weight_decay": ""}, "Hand it cfg.weight_decay"),
+    ({"            optimizer.zero_grad()\n": ""}, "Call optimizer.zero_grad() for each batch"),
+    ({"            nn.utils.clip": "            # "}, "nn.utils.clip_grad_norm_", "max is 0.02"),
+    ({"clip_grad_norm_": "clip_grad_value_"}, "nn.utils.clip_grad_norm_"),
+    ({"cfg.grad_norm_max)": "1.0)"}, "nn.utils.clip_grad_norm_", "right: the optimizer"),
+    (
+        {"            optimizer.step()": "        optimizer.step()"},
+        "'forward', 'backward', 'forward'",
+    ),
+    ({"            optimizer.step()": ""}, "optimizer.step()", "right: the student is in training"),
+    ({"            loss.backward()\n": ""}, "loss.backward()"),
+    ({"loss.backward()": "loss.backward()\n            optimizer.zero_grad()"}, "then backward()"),
+    (
+        {"            loss = ": "            optimizer.step()\n            loss = "},
+        "step() comes after backward()",
+    ),
+    (
+        {"        student.train()": "        optimizer = torch.optim.Adam(student.parameters())"},
+        "it remembers",
+    ),
+    ({"student.parameters(), lr": "student[3].parameters(), lr"}, "All of these and no others"),
+    ({"    optimizer =": "    student = nn.Sequential(*student)\n    optimizer ="}, "handed in"),
+    ({"labels, *_": "labels"}, "for images, labels, *_ in train_loader"),
+    ({"    optimizer = ": "    return\n    optimizer = "}, "learns from no batch"),
+    ({"cfg.lr": "config.lr"}, "'config' is not defined"),
+    (
+        {
+            "        student.train()\n": "",
+            "lr=cfg.lr": "lr=0.1",
+            "            nn.utils.clip": "            # ",
+        },
+        "Call student.train()",
+        "Hand it cfg.lr",
+        "nn.utils.clip_grad_norm_",
+    ),
+    (
+        {
+            "set_epoch(epoch)": "set_epoch(0)",
+            "Adam(": "SGD(",
+            "            optimizer.zero_grad()\n": "",
+        },
+        "[0, 0, 0, 0], where [0, 0, 1, 1] is wanted",
+        "torch.optim.Adam",
+        "zero_grad() for each batch",
+    ),
+]
+
+DEPTHWISE = "groups=in_channels"
+SLOPE = "nn.LeakyReLU(0.01),\n        nn.Conv2d(in_channels, out"
+BLOCK_SLIPS = [
+    ({", " + DEPTHWISE: ""}, "convolution (3, 3), stride 2, groups 1", "groups 8"),
+    ({"out_channels, 1)": "out_channels, 1, groups=4)"}, "convolution (1, 1), stride 1, groups 4"),
+    ({"stride, padding, groups": "2, padding, groups"}, "(8, 12, 5, 1, 2)", "the first."),
+    ({"stride, padding, groups": "1, padding, groups"}, "convolution (3, 3), stride 1, groups 8"),
+    ({"out_channels, 1)": "out_channels, 1, stride)"}, "convolution (1, 1), stride 2, groups 1"),
+    (
+        {"stride, padding, groups": "stride, 1, groups"},
+        "its output's shape: dwpw_conv(8, 12, 5, 1, 2)",
+    ),
+    ({"stride, padding, groups": "stride, groups"}, "stride and padding belong to the depthwise"),
+    (
+        {"kernel_size, stride, padding, g": "3, stride, padding, g"},
+        "(8, 12, 5, 1, 2)",
+        "kernel_size",
+    ),
+    ({"out_channels, 1)": "out_channels, 3, 1, 1)"}, "convolution (3, 3), stride 1, groups 1"),
+    ({DEPTHWISE: DEPTHWISE + ", bias=False"}, "220, where 228", "have a bias"),
+    ({"        nn.BatchNorm2d(in_channels),\n": ""}, "'batch norm'", "weight and bias"),
+    ({SLOPE: "nn.Conv2d(in_channels, out"}, "no activation 1 and 1", "1.000 and 1.000"),
+    ({"LeakyReLU(0.01)": "ReLU()"}, "1.000 and 0.000", "a ReLU 1 and 0"),
+    ({"0.01": "0.1"}, "1.000 and 0.100"),
+    ({"LeakyReLU(0.01)": "GELU()"}, "LeakyReLU(0.01) alone"),
+    ({"(0.01),\n    )": "(0.01),\n        nn.Dropout(),\n    )"}, "a dropout too many"),
+    (
+        {"return nn.Sequential(": "return (", "in_channels, in_c": "in_channels, in_c"},
+        "It should return a module",
+    ),
+    ({"return": "block ="}, "It should return a module"),
+    ({"BatchNorm2d(in": "BatchNorm2d(out"}, "A batch norm wants the number of channels"),
+    ({"in_channels, in_channels, k": "in_channels, out_channels, k"}, "groups=in_channels belongs"),
+    ({"Conv2d(in_channels, out_channels, 1": "Conv2d(3, out_channels, 1"}, "in_channels with the"),
+    (
+        {", " + DEPTHWISE: ", bias=False", "LeakyReLU(0.01)": "ReLU()", "1),\n": "1, stride),\n"},
+        "groups 1'",
+        "a ReLU 1 and 0",
+        "have a bias",
+        "stride and padding belong",
+    ),
+]
+
+WEIGHT_SLIPS = [
+    ({"10 * ": ""}, "[0.04, 0.96, 1.0], where [0.4, 0.96", "10 * progress ** 2", "right: constant"),
+    ({"progress**2": "progress"}, "[2.0, 0.8, 1.0], where [0.4, 0.96, 1.0] is wanted"),
+    ({"1 - progress**2": "progress**2"}, "1 - progress ** 2"),
+    ({"1 - progress**2": "cfg.alpha"}, "[0.4, 0.5, 1.0]", "alpha is 1 - progress ** 2"),
+    ({"align=1.0": "align=1 - progress"}, "align is 1"),
+    ({"== ": "!= "}, "Without a handover kd is 1", "In a handover kd is"),
+    ({"cfg.alpha": "0.5"}, "alpha is cfg.alpha", "right: handover"),
+    ({"progress**2": "progress^2"}, "A power is written"),
+    ({"h.LossWeights(1.0, cfg.alpha, 1.0)": "{'kd': 1}"}, "Return h.LossWeights"),
+    ({"    return h.LossWeights(1.0": "    h.LossWeights(1.0"}, "Is a return statement missing?"),
+    ({"10 *": "5 *", "1 - progress**2": "progress", "align=1.0": "align=0"}, "[0.2, 0.2, 0.0]"),
+]
+
+POOL = "F.adaptive_avg_pool2d("
+ALIGNMENT_SLIPS = [
+    ({"F.smooth_l1_loss": "F.mse_loss"}, "F.smooth_l1_loss", "right: a layer with weight 3"),
+    ({"theirs)\n    return": "theirs, reduction='sum')\n    return"}, "its mean over the map"),
+    ({"weight * ": ""}, "Multiply by the weight", "right: one layer"),
+    ({"    return": "        return"}, "add in the loop, return after it"),
+    ({"total = total + ": "total = "}, "two layers add up"),
+    ({"return total": "return total / len(weights)"}, "two layers add up", "right: adapters"),
+    ({"adapters[layer](student_maps[layer])": "student_maps[layer]"}, "adapters[layer] takes"),
+    ({POOL: "(lambda x, side: x)("}, "a larger map of the teacher", "a larger map of the student"),
+    ({POOL: "F.adaptive_max_pool2d("}, "Average it down", "right: adapters"),
+    ({POOL: "F.interpolate("}, "Average it down"),
+    ({"        theirs = " + POOL: "        # "}, "a larger map of the teacher", "right: a larger"),
+    ({"student_maps[layer])": "student_maps[layer].detach())"}, "leave out .item(), .detach()"),
+    ({"in weights.items()": "in dict.fromkeys(student_maps, 1).items()"}, "the keys of weights"),
+    ({"student_maps, teacher_maps, w": "teacher_maps, student_maps, w"}, "order of its arguments"),
+    (
+        {"F.smooth_l1_loss": "F.mse_loss", "weight * ": "", POOL: "F.interpolate("},
+        "F.smooth_l1_loss",
+        "Multiply by the weight",
+        "Average it down",
+    ),
+]
+
+END = "return self.fc(self.pool(x))"
+STUDENT_SLIPS = [
+    ({END: END + ".softmax(1)"}, "Its last step is Softmax"),
+    ({END: "return F.log_softmax(self.fc(self.pool(x)), 1)"}, "Its last step is LogSoftmax"),
+    ({END: END + ".relu()"}, "Its last step is Relu"),
+    ({END: "return torch.sigmoid(self.fc(self.pool(x))).flatten(1)"}, "Its last step is Sigmoid"),
+    ({"width, 11": "width, 10"}, "or the last layer's width not 11"),
+    ({"self.pool(x)": "x"}, "h.GlobalAvgPool() does both"),
+    ({"h.GlobalAvgPool()": "nn.AdaptiveAvgPool2d(1)"}, "flatten"),
+    ({END: END + "[..., None]"}, "is nn.Flatten() missing"),
+    ({"nn.ModuleList([h.dwpw_conv(3, width)])": "[h.dwpw_conv(3, width)]"}, "not in a plain list"),
+    ({"    def forward": "    @torch.no_grad()\n    def forward"}, "and torch.no_grad()"),
+    ({"self.pool(x)": "self.pool(x).detach()"}, "left out of forward, or detached", "blocks.0.0"),
+    (
+        {"self.fc =": "self.unused = nn.Linear(3, 3)\n        self.fc ="},
+        "None reaches unused.weight",
+    ),
+    ({"self.pool(x)": "F.dropout(self.pool(x))"}, "nothing is random"),
+    ({"self.pool(x)": "self.pool(x) - self.pool(x).mean(0)"}, "depends on the other pictures"),
+    ({"width=16": "width=4000"}, "the homework allows 60,000"),
+    ({"width=16": "width"}, "Compare its arguments"),
+    ({"(3, width)": "(1, width)"}, "Compare the layer's in_channels"),
+    ({"class my_student(": "def my_student():\n    pass\n\nclass Other("}, "return statement"),
+]
+
+VIEW_SLIPS = [
+    ({'    "vflip": 0.5,\n': ""}, "vflip for RandomVerticalFlip(0.5): not so. It is 'missing'"),
+    ({"180": "(-180, 180)"}, "rotation for RandomRotation(180)", "one number"),
+    ({"30.0": "nn.Identity()"}, "It is Identity()", "one number"),
+    ({"(0.7, 1.0)": "0.7"}, "crop_scale", "two numbers (low, high)"),
+    (
+        {"30.0": "30.0, 'shear': 3", '"vflip": 0.5': '"vflip": 0'},
+        "shear: these make no view",
+        "vflip",
+    ),
+    ({"my_views = {": "my_views = [", ": ": ", ", "}": "]"}, "A dict of settings is wanted"),
+]
+
+SLIPS = {
+    "soft_labels": SOFT_LABEL_SLIPS,
+    "loss_fn_kd": LOSS_SLIPS,
+    "training_loop": LOOP_SLIPS,
+    "dwpw_conv": BLOCK_SLIPS,
+    "loss_weights": WEIGHT_SLIPS,
+    "alignment": ALIGNMENT_SLIPS,
+    "student": STUDENT_SLIPS,
+    "views": VIEW_SLIPS,
+}
+
+# --- the checks -----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def edition(tmp_path_factory):
-    """The exercises edition of the committed notebook."""
-    folder = tmp_path_factory.mktemp("edition")
-    (folder / "submission").mkdir()
-    shutil.copy(ROOT / h.NOTEBOOK, folder)
-    return nbformat.read(h.export_exercises(folder), as_version=4)
+def answer_of(name, cell):
+    """What a learner's cell defines for an exercise."""
+    variables = {"h": h, "torch": torch, "F": F, "nn": nn}
+    exec(compile(cell, "<cell>", "exec"), variables)
+    return variables[f"my_{name}"]
 
 
-def folded_code(cell):
-    """The Python code in a folded solution."""
-    return re.search(r"```python\n(.*?)```", cell.source, re.DOTALL)[1]
+def asked(name, cell, capsys):
+    """(verdict, what was printed) of the check of a cell."""
+    check = getattr(exercises, f"check_{name}")
+    verdict = check(answer_of(name, cell))
+    return verdict, capsys.readouterr().out
 
 
-def solved(notebook):
-    """The cells of the edition with every solution in its place and a guess before each stage."""
-    sources = []
-    for number, cell in enumerate(notebook.cells):
-        if cell.cell_type != "code" or cell.source.startswith("%%writefile"):
-            continue
-        source = cell.source
-        if "exercise" in cell.metadata:
-            source = folded_code(notebook.cells[number + 2])  # behind the check
-        if source == "# Your code.":
-            source = folded_code(notebook.cells[number + 1])
-        sources.append(source.replace(", None)  # TODO", ", 0.5)  # TODO"))
-    return sources
+@pytest.mark.parametrize(
+    ("name", "cell"), [(name, cell) for name, cells in RIGHT.items() for cell in cells]
+)
+def test_a_right_answer_is_right_in_any_style(name, cell, capsys):
+    verdict, text = asked(name, cell, capsys)
+    assert verdict, text
+    assert "Right.\n" in text
+    assert "to mend" not in text
 
 
-def untouched(notebook):
-    """The code cells of the edition as they are."""
-    sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    return [source for source in sources if not source.startswith("%%writefile")]
+@pytest.mark.parametrize(
+    ("name", "slip"), [(name, slip) for name, slips in SLIPS.items() for slip in slips]
+)
+def test_a_slip_is_told(name, slip, capsys):
+    edits, *words = slip
+    cell = RIGHT[name][0]
+    for old, new in edits.items():
+        assert old in cell
+        cell = cell.replace(old, new)
+    verdict, text = asked(name, cell, capsys)
+    assert not verdict
+    assert text.startswith("Not yet.\n")
+    for word in words:
+        assert word in text, text
 
 
-def run_cells(sources):
-    """Execute cells one after the other, as a notebook does: (its variables, what was printed)."""
-    shown = []
-    variables = {"display": lambda *things: shown.extend(things), "__name__": "__main__"}
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        for source in sources:
-            tree = ast.parse(source)
-            last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-            exec(compile(tree, "<cell>", "exec"), variables)
-            if last:
-                code = compile(ast.Expression(last.value), "<cell>", "eval")
-                shown.append(eval(code, variables))
-    return variables, printed.getvalue(), shown
-
-
-@pytest.fixture(scope="module")
-def runs(edition, tmp_path_factory):
-    """{"untouched": ..., "solved": ...}: both editions run in one folder, the untouched first."""
-    folder = tmp_path_factory.mktemp("notebook")
-    base = tmp_path_factory.getbasetemp()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HW13_CACHE", str(folder / "cache"))
-        patch.setenv("HW13_KAGGLE", str(base / "no_kaggle"))
-        patch.delenv("HW13_DATA", raising=False)
-        patch.chdir(folder)
-        yield {
-            "untouched": run_cells(untouched(edition)),
-            "solved": run_cells(solved(edition)),
-        }
-
-
-def test_an_untouched_edition_runs_whole_with_the_references(runs):
-    variables, printed, _ = runs["untouched"]
-    assert list(variables["runs"]) == list(h.STAGES)
-    # Each function, and the views.
-    assert printed.count("Not yet: it is still to be written.") == len(h.EXERCISES) + 1
-    assert printed.count("Until it is right the reference stands in below.") == len(h.EXERCISES)
-    assert "Until they are right the reference's views stand in" in printed
-    assert printed.count("no guess yet") == len(h.STAGES)
-    n_epochs = variables["simple_cfg"].n_epochs
-    assert f"simple: no guess yet. It trains for {n_epochs} epochs" in printed
-    assert variables["mine"].own == {}
-    boss = variables["runs"]["boss"]
-    assert boss.facts["alignment"] == h.code_fingerprint(h.alignment)
-    assert variables["strong_cfg"].rotation == h.STAGES["strong"].rotation
-
-
-def test_a_solved_edition_trains_with_the_answers(runs):
-    variables, printed, shown = runs["solved"]
-    assert "Not yet" not in printed
-    assert variables["mine"].own.keys() == h.EXERCISES.keys()
-    stages = variables["runs"]
-    assert list(stages) == list(h.STAGES)
-    for stage, facts in {
-        "medium": ("loss_fn_kd",),
-        "strong": ("loss_fn_kd",),
-        "boss": ("loss_fn_kd", "alignment", "loss_weights"),
-    }.items():
-        for fact in facts:
-            own = h.code_fingerprint(variables[f"my_{fact}"])
-            assert stages[stage].facts[fact] == own, (stage, fact)
-    for stage in ("strong", "boss", "beyond"):
-        assert stages[stage].n_params == 58_235
-    assert "medium trains with your loss_fn_kd." in printed
-    assert "boss trains with your student, loss_fn_kd, loss_weights, alignment." in printed
-    assert printed.count("you guessed 0.5000, it reached") == 4
-    tables = [thing for thing in shown if isinstance(thing, h.pd.DataFrame)]
-    assert any("guess" in table and (table["guess"] == 0.5).all() for table in tables)
-
-
-def test_a_stage_whose_code_is_the_same_is_loaded(runs, capsys):
-    variables, *_ = runs["solved"]
-    arguments = [variables[name] for name in ("medium_cfg", "data", "teacher")]
-    run = variables["mine"].run_stage(*arguments)
-    assert "medium: finished before, loaded" in capsys.readouterr().out
-    assert h.state_checksum(run.net) == h.state_checksum(variables["runs"]["medium"].net)
-
-
-def test_the_solutions_are_the_references(runs):
-    """The solved Medium is the untouched one: the folded code does what the module's does."""
-    nets = [variables["runs"]["medium"].net for variables, *_ in runs.values()]
-    assert h.state_checksum(nets[0]) == h.state_checksum(nets[1])
-    # It was trained a second time, since its code is another.
-    assert "medium: started again" in runs["solved"][1]
-
-
-# --- what stands in the cells ---------------------------------------------------------------------
-
-
-def test_each_exercise_is_written_once_and_has_a_check_and_a_solution(edition):
-    places = {}
-    for number, cell in enumerate(edition.cells):
-        if "exercise" in cell.metadata:
-            places[cell.metadata["exercise"]] = number
-    assert places.keys() == WRITTEN
-    for name, number in places.items():
-        todo, check, solution = edition.cells[number : number + 3]
-        assert "TODO" in todo.source
-        assert f"my_{name}" in todo.source
-        assert f"my_{name})" in check.source
-        assert f"my_{name}" in folded_code(solution)
-    shown = [cell.source for cell in edition.cells if cell.source.startswith("h.show_source(")]
-    for name in h.EXERCISES:
-        assert f"h.show_source(h.{name})" not in shown
-    assert "h.show_source(h.plain_student)" not in shown
-
-
-def test_a_place_to_write_has_the_signature_and_the_docstring(edition):
-    for cell in edition.cells:
-        name = cell.metadata.get("exercise")
-        if name in (None, "views"):
-            continue
-        function = ast.parse(cell.source).body[0]
-        assert function.name == f"my_{name}"
-        assert ast.get_docstring(function)
-        assert isinstance(function.body[-1], ast.Raise)
-        assert len(function.body) == 2
-
-
-def test_every_stage_is_guessed_before_it_runs(edition):
-    guessed = []
-    for cell in edition.cells:
-        guess = re.match(r"mine\.guess\((\w+), None\)", cell.source)
-        if guess:
-            guessed.append(guess[1])
-        trained = re.search(r"(?:mine\.run_stage|h\.prepare_stage)\((\w+),", cell.source)
-        if trained and cell.cell_type == "code" and not cell.source.startswith("%%"):
-            assert guessed[-1] == trained[1]
-    assert guessed == ["simple_cfg", "medium_cfg", "strong_cfg", "boss_cfg", "beyond_cfg"]
-
-
-def test_every_question_has_an_empty_place_before_its_folded_answer(edition):
-    for number, cell in enumerate(edition.cells):
-        if "<details>" not in cell.source or cell.cell_type != "markdown":
-            continue
-        before = edition.cells[number - 1]
-        if "A solution" in cell.source and before.cell_type == "code":
-            continue
-        assert before.source.startswith("**Your answer:**")
-
-
-def test_the_edition_is_one_valid_file_without_outputs(edition):
-    nbformat.validate(edition)
-    assert sum(cell.source.startswith("%%writefile") for cell in edition.cells) == 1
-    assert len({cell.id for cell in edition.cells}) == len(edition.cells)
-    for cell in edition.cells:
-        assert not cell.get("outputs")
-    calls = [cell.source for cell in edition.cells if cell.source[:2] != "%%"]
-    for call in h.EXERCISES_CALLS.values():
-        assert any(call in source for source in calls)
-
-
-def test_the_committed_exercises_edition_is_the_current_one(edition):
-    committed = nbformat.read(ROOT / h.EXERCISES_NOTEBOOK, as_version=4)
-    assert committed == edition, "run python helpers.py export"
-
-
-def test_export_writes_both_one_file_notebooks(tmp_path):
-    for name in (h.NOTEBOOK, "helpers.py"):
-        shutil.copy(ROOT / name, tmp_path)
-    subprocess.run([sys.executable, "helpers.py", "export"], cwd=tmp_path, check=True)
-    for name in (h.KAGGLE_NOTEBOOK, h.EXERCISES_NOTEBOOK):
-        nbformat.validate(nbformat.read(tmp_path / name, as_version=4))
+def test_a_student_is_told_its_price_and_left_as_it_is(capsys):
+    net = answer_of("student", STUDENT)()
+    before = h.state_checksum(net)
+    exercises.check_student(net)
+    assert h.state_checksum(net) == before
+    assert "times those of Strong's net; an epoch takes" in capsys.readouterr().out
 
 
 # --- Answers --------------------------------------------------------------------------------------
 
 
-def test_a_wrong_answer_is_not_used_and_the_next_right_one_is(tmp_path, capsys):
-    mine = h.Answers(tmp_path)
-    assert mine.take("soft_labels", lambda z, t: (z * t).softmax(-1)) is h.soft_labels
-    assert "Not yet: the logits are multiplied" in capsys.readouterr().out
+@pytest.fixture
+def mine(tmp_path):
+    return exercises.Answers(tmp_path)
 
-    def right(logits, temperature):
-        return (logits / temperature).softmax(-1)
 
+def test_each_exercise_has_two_hints_and_a_reference_that_is_right():
+    assert exercises.EXERCISES.keys() == RIGHT.keys() - {"views"}
+    for exercise in exercises.EXERCISES.values():
+        assert len(exercise.hint) > 20
+        assert len(exercise.second) > 40
+        assert exercise.check(exercise.reference or h.plain_student)
+
+
+def test_a_wrong_answer_is_not_used_and_the_next_right_one_is(mine, capsys):
+    right = answer_of("soft_labels", SOFT_LABELS)
+    assert mine.take("soft_labels", lambda logits, temperature: logits) is h.soft_labels
+    assert "Until it is right the reference stands in below." in capsys.readouterr().out
     assert mine.take("soft_labels", right) is right
     assert mine.own == {"soft_labels": right}
-    mine.take("soft_labels", lambda z, t: z)
+    mine.take("soft_labels", None)
+    assert mine.own == {}
+    mine.take("soft_labels", right)
+    mine.use_reference("soft_labels")
     assert mine.own == {}
 
 
-def test_a_stage_gets_the_answers_that_it_has_a_use_for(tmp_path, capsys):
-    mine = h.Answers(tmp_path)
-    mine.own = {name: exercise.reference for name, exercise in h.EXERCISES.items()}
+CALLS = """
+def my_soft_labels(logits, temperature):
+    {}
+
+""" + LOSS.replace(
+    "F.softmax(teacher_logits / temperature, dim=1)", "my_soft_labels(teacher_logits, temperature)"
+)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("return logits.softmax(-1)", "It calls my_soft_labels, which is not right yet"),
+        ("raise NotImplementedError", "my_soft_labels is still to be written"),
+    ],
+)
+def test_a_loss_that_calls_wrong_soft_labels_is_told_so(mine, body, words, capsys):
+    mine.take("loss_fn_kd", answer_of("loss_fn_kd", CALLS.format(body)))
+    assert words in capsys.readouterr().out
+
+
+def test_a_stage_gets_the_answers_that_it_has_a_use_for(mine, capsys):
+    mine.own = {name: exercise.reference for name, exercise in exercises.EXERCISES.items()}
     mine.own["student"] = h.plain_student
     wanted = {
         "simple": set(),
@@ -252,107 +642,59 @@ def test_a_stage_gets_the_answers_that_it_has_a_use_for(tmp_path, capsys):
     }
     for stage, names in wanted.items():
         assert mine.own_for(h.STAGES[stage]).keys() == names
-    # A student without the layers that Boss aligns leaves Boss to the reference.
-    mine.own["student"] = lambda: h.build_student(h.STAGES["simple"])
-    assert "student" in mine.own_for(h.STAGES["strong"])
-    assert "student" not in mine.own_for(h.STAGES["boss"])
-    said = capsys.readouterr().out
-    assert (
-        "your student has no layer1, layer2, layer3 to align, so the reference trains here" in said
-    )
-    mine.use_reference("student")
-    assert "student" not in mine.own_for(h.STAGES["strong"])
-    mine.use_reference("studnet")
-    assert "'studnet' is no exercise: training_loop, soft_labels" in capsys.readouterr().out
-    with pytest.raises(
-        h.UserError, match="'soft_label' is no exercise: training_loop, soft_labels"
-    ):
-        mine.take("soft_label", h.soft_labels)
+    mine.own["student"] = answer_of("student", STUDENT)
+    assert "student" in mine.own_for(h.STRONG)
+    assert "student" not in mine.own_for(h.BOSS)
+    assert "Your student has no layer1, layer2, layer3" in capsys.readouterr().out
 
 
-class LayersInLists(nn.Module):
-    """Its layers have the wanted names, but forward loops over what is in them."""
-
-    def __init__(self):
-        super().__init__()
-        widths = {"layer1": (3, 8), "layer2": (8, 16), "layer3": (16, 32)}
-        for name, (width, wider) in widths.items():
-            setattr(self, name, nn.ModuleList([nn.Conv2d(width, wider, 3, 2, 1), nn.ReLU()]))
-        self.fc = nn.Linear(32, 11)
-
-    def forward(self, x):
-        for part in (*self.layer1, *self.layer2, *self.layer3):
-            x = part(x)
-        return self.fc(x.mean((2, 3)))
+@pytest.mark.parametrize(
+    ("accuracy", "words", "kept"),
+    [
+        (None, "medium, 700 epochs: None is no guess yet: write a number from 0 to 1", {}),
+        (80, "80 is no guess yet: write a number from 0 to 1, for 80 % 0.8", {}),
+        (0.5, "medium, 700 epochs: 0.5 is your guess", {"medium": 0.5}),
+    ],
+)
+def test_guesses(mine, accuracy, words, kept, capsys):
+    mine.guess(h.MEDIUM, accuracy)
+    assert words in capsys.readouterr().out
+    assert mine.guesses == kept
 
 
-def test_layers_that_are_not_called_as_a_whole_cannot_be_aligned(tmp_path, capsys):
-    assert h.check_student(LayersInLists)
-    mine = h.Answers(tmp_path)
-    mine.own["student"] = LayersInLists
-    assert "student" in mine.own_for(h.STAGES["strong"])
-    assert "student" not in mine.own_for(h.STAGES["boss"])
-    boss = h.STAGES["boss"]
-    teacher = h.build_student(h.TEACHER_CONFIG)
-    with pytest.raises(h.UserError, match="the student has no layer1, layer2, layer3; name"):
-        h.DistillLoss(boss, LayersInLists(), teacher)
+def test_wrong_views_leave_the_config_as_it_is(mine):
+    strong = h.get_config("strong", rotation=0.0)
+    assert mine.with_views(strong, {}) is strong
+    assert mine.with_views(strong, answer_of("views", VIEWS)).rotation == 180
 
 
-def test_other_settings_do_not_throw_a_finished_run_away(
-    food, teacher_file, tmp_path, tiny, capsys
+def test_a_setting_for_run_stage_is_told_where_it_belongs(mine):
+    with pytest.raises(h.UserError, match="loss_schedule=..., exp_name='a name of its own'"):
+        mine.run_stage(h.STRONG, None, loss_schedule="handover")
+
+
+def test_stages_train_with_the_answers_and_the_summary_says_so(
+    mine, food, teacher_file, tiny, capsys
 ):
-    def my_loss(student_logits, labels, teacher_logits, alpha, temperature):
-        return h.loss_fn_kd(student_logits, labels, teacher_logits, alpha, temperature)
-
     data = h.find_data(food)
     teacher = h.load_teacher(teacher_file)
-    mine = h.Answers(tmp_path)
-    cfg = h.get_config("medium", **tiny)
-    mine.run_stage(cfg, data, teacher)
-    shorter = h.replace(cfg, n_epochs=1)
-    with pytest.raises(h.UserError, match="n_epochs 2, now 1"):
-        mine.check_folders([shorter], data)
-    with pytest.raises(h.UserError, match=r"n_epochs 2 \(now 1\)"):
-        mine.run_stage(shorter, data, teacher)
-    # Other code and other settings at once are refused too.
-    mine.own["loss_fn_kd"] = my_loss
-    with pytest.raises(h.UserError, match="the code of loss_fn_kd"):
-        mine.run_stage(shorter, data, teacher)
-    # Other code alone starts anew, also what two processes began: with own code one trains.
-    begun_by_two(tmp_path / "exercises/medium/last.ckpt", epochs=1)
-    capsys.readouterr()
-    mine.run_stage(cfg, data, teacher)
-    assert "medium: started again, for the code of loss_fn_kd" in capsys.readouterr().out
-
-
-def test_a_worse_stage_of_the_exercises_leaves_a_better_submission(food, tmp_path, tiny, capsys):
-    data = h.find_data(food)
-    cfg = h.get_config("simple", **tiny)
-    best = h.run_stage(cfg, data, out=tmp_path)
-    result = h.read_result(best.folder)
-    text = h.json.dumps(result._replace(valid_acc=1.0)._asdict())
-    (best.folder / h.RESULT).write_text(text)
-    mine = h.Answers(tmp_path)
-    worse = mine.run_stage(h.replace(cfg, seed=2), data)
-    assert worse.folder != best.folder
-    h.write_best([worse], data, tmp_path)
-    assert "of an earlier call, has the best" in capsys.readouterr().out
-    assert (tmp_path / "submission.csv").read_text() == best.csv.read_text()
-
-
-def test_guesses(tmp_path, capsys):
-    mine = h.Answers(tmp_path)
-    cfg = h.STAGES["medium"]
-    for nonsense in (None, "much", 70, -0.1, True):
-        mine.guess(cfg, nonsense)
-        assert mine.guesses == {}
+    mine.take("loss_fn_kd", answer_of("loss_fn_kd", LOSS_BY_CROSS_ENTROPY))
+    mine.take("student", answer_of("student", STUDENT))
+    cfg = h.get_config("strong", depths=(1, 1, 1), **tiny)
+    mine.guess(cfg, 0.1)
+    run = mine.run_stage(cfg, data, teacher)
     said = capsys.readouterr().out
-    assert "70 is no accuracy from 0 to 1" in said
-    assert "It trains for 700 epochs" in said
-    mine.guess(cfg, 1)
-    assert mine.guesses == {"medium": 1.0}
-    assert "medium: after 700 epochs, you guess, 1.000." in capsys.readouterr().out
-    mine.guess(cfg, np.float32(0.5))
-    assert mine.guesses == {"medium": 0.5}
-    mine.guess(cfg, None)
-    assert mine.guesses == {}
+    assert "strong trains with your own student, loss_fn_kd." in said
+    assert "knows nothing of them; student=None trains the reference" in said
+    assert run.n_params == 319
+    assert run.folder == mine.out / "strong"
+    assert mine.stage_table([run]).loc["strong", "guess"] == 0.1
+    reference = mine.run_stage(h.replace(cfg, exp_name="deep"), data, teacher, student=None)
+    assert reference.n_params != run.n_params
+    capsys.readouterr()
+    mine.summary()
+    said = capsys.readouterr().out
+    assert "loss_fn_kd     right" in said
+    assert "soft_labels    not right yet" in said
+    assert "strong         guess 0.1, reached 0." in said
+    assert "with your own student, loss_fn_kd\n" in said

@@ -7,39 +7,30 @@ notebook does it. Prints a table: validation accuracies, and differences with th
 errors. It measures the demo set, and no recipe.
 """
 
-import argparse
 import tempfile
-import time
-from dataclasses import replace
-from pathlib import Path
-from sys import path
 
-import pandas as pd
+import common
 
-path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-
-import helpers as h  # noqa: E402
+import helpers as h
 
 
 def train_all(seed, work):
-    """({name: seconds of training}, {name: which validation images are right}) for one seed."""
+    """{net: which validation images it answers rightly (N,)}, stages and teacher, for one seed."""
     data = h.make_demo_data(seed)
     training_seed = h.SIMPLE.seed + seed
-    teacher_cfg = replace(h.TEACHER_CONFIG, **h.DEMO_TEACHER_SETTINGS, seed=training_seed)
-    start = time.monotonic()
-    checkpoint = h.train_teacher(data, work, teacher_cfg)
-    seconds = {"teacher": time.monotonic() - start}
+    cfg = h.replace(h.TEACHER_CONFIG, **h.DEMO_TEACHER_SETTINGS, seed=training_seed)
+    checkpoint = h.train_teacher(data, work, cfg)
     correct = {}
     for run in h.run(data, teacher_path=checkpoint, out=work, seed=training_seed):
         correct[run.name] = run.correct
-        seconds[run.name] = run.history["seconds"].sum()
-    split = h.load_data(data, "validation", "eval", teacher_cfg.image_size)
-    classes = h.predict(h.load_teacher(checkpoint), split, teacher_cfg)
-    correct["teacher"] = classes == split.labels
-    return seconds, correct
+    labels = h.load_data(data, "validation", "eval", cfg.image_size).labels
+    teacher = h.load_teacher(checkpoint)
+    classes = h.predict(teacher, data, cfg, "cpu", "validation", views=1)
+    correct["teacher"] = classes == labels
+    return correct
 
 
-def rows_of(seed, seconds, correct):
+def rows_of(seed, correct):
     """The rows of a seed: accuracy, and the difference to a net that ought to be worse."""
     accuracies = {name: right.double().mean().item() for name, right in correct.items()}
     students = [name for name in accuracies if name != "teacher"]
@@ -47,31 +38,23 @@ def rows_of(seed, seconds, correct):
     compared = {"medium": "simple", "strong": "medium", "teacher": best}
     rows = []
     for name, right in correct.items():
-        row = {"seed": seed, "net": name, "accuracy": accuracies[name], "seconds": seconds[name]}
+        row = {"seed": seed, "net": name, "accuracy": accuracies[name]}
         if name in compared:
             other = compared[name]
-            difference, error = h.paired_difference(right, correct[other])
-            row |= {"against": other, "difference": difference, "paired s.e.": error}
+            row["against"] = other
+            pair = h.paired_difference(right, correct[other])
+            row["difference"], row["paired s.e."] = pair
         rows.append(row)
     return rows
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    args = parser.parse_args()
+def main(argv=None):
+    args = common.arguments(__doc__, argv, seeds=3)
     rows = []
     for seed in range(args.seeds):
         with tempfile.TemporaryDirectory() as work:
-            rows += rows_of(seed, *train_all(seed, work))
-        frame = pd.DataFrame(rows)
-        print(frame.round(4).to_string(index=False), flush=True)
-    args.out.mkdir(parents=True, exist_ok=True)
-    frame["date"] = time.strftime("%Y-%m-%d")
-    frame.round(4).to_csv(args.out / "demo.csv", index=False)
+            rows += rows_of(seed, train_all(seed, work))
+        common.store(rows, args.out / "demo.csv", date=common.today())
 
 
 if __name__ == "__main__":
