@@ -342,9 +342,9 @@ FINITE = (
 )
 # What is left of the loss at alpha = 0 and at alpha = 1.
 ALONE = {
-    "F.cross_entropy(student_logits, labels)": "Hand it plain logits, and nothing besides these two.",
-    "temperature ** 2 times the KL": "Its arguments are log_softmax of the student's logits and soft "
-    "labels of the teacher's, both divided by the argument temperature.",
+    "F.cross_entropy(student_logits, labels)": "Hand it plain logits, and nothing else.",
+    "temperature ** 2 times the KL": "Its arguments are log_softmax of the student's logits and "
+    "soft labels of the teacher's, both divided by the argument temperature.",
 }
 
 # --- the training loop ----------------------------------------------------------------------------

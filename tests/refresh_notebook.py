@@ -17,9 +17,7 @@ from pathlib import Path
 
 import nbformat
 
-HERE = Path(__file__).resolve().parent
-# The folder of hw13_distill.ipynb and helpers.py: the project's root, once tests/next/ is gone.
-SOURCE = HERE if HERE.name == "next" else HERE.parent
+SOURCE = Path(__file__).resolve().parent.parent  # the folder of the notebook and helpers.py
 NOTEBOOK = "hw13_distill.ipynb"
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},

@@ -12,7 +12,7 @@ import sys
 
 from conftest import HERE, ROOT
 
-MODULE = HERE / "helpers.py" if HERE.name == "next" else ROOT / "helpers.py"
+MODULE = ROOT / "helpers.py"
 TESTS = HERE
 FREE = (ast.expr_context, ast.operator, ast.cmpop, ast.boolop, ast.unaryop, ast.keyword)
 # Nodes that each section may have. The plan's sum is 15,000, with its own line per section; this is

@@ -301,7 +301,7 @@ PHOTOGRAPHS = (
     ("Strong", 0.662),
     ("Boss", 0.700),
     ("Beyond, 100 epochs", 0.750),
-    ("the same, six views", 0.774),
+    ("Beyond, six views", 0.774),
     ("teacher, 112 px", 0.754),
     ("teacher, 224 px", 0.772),
 )
