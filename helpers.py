@@ -88,7 +88,7 @@ PARAM_LIMIT = 60_000
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# --- words ----------------------------------------------------------------------------------------
+# --- words ---
 
 
 class UserError(ValueError):
@@ -124,11 +124,10 @@ def on_kaggle():
     return (kaggle_root() / "working").is_dir()
 
 
-def default_out():
-    """Where results go: /kaggle/working on Kaggle, submission/ elsewhere."""
-    if on_kaggle():
-        return kaggle_root() / "working"
-    return Path("submission")
+def out_folder(out=None):
+    """Where results go: `out`, or /kaggle/working on Kaggle and submission/ elsewhere."""
+    default = kaggle_root() / "working" if on_kaggle() else "submission"
+    return Path(out or default).expanduser()
 
 
 @contextlib.contextmanager
@@ -160,9 +159,8 @@ def show_source(function):
 
 def in_notebook():
     """Whether the code runs in a Jupyter kernel."""
-    # Not imported to find out: in a kernel it is loaded already.
-    ipython = sys.modules.get("IPython")
-    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
+    # Not imported to find out: a kernel has it loaded.
+    return "ipykernel" in sys.modules
 
 
 def progress_bar(iterable=None, **options):
@@ -175,7 +173,7 @@ def progress_bar(iterable=None, **options):
     return tqdm(iterable, disable=not is_first_process(), **options)
 
 
-# --- files ----------------------------------------------------------------------------------------
+# --- files ---
 
 
 def fingerprint(*parts):
@@ -238,10 +236,10 @@ def load_file(path):
     except Exception as error:  # torch raises many kinds: pickle, zip, runtime, EOF
         if isinstance(error, MemoryError | OSError) or "memory" in str(error):
             raise
-        cause = str(error).strip().partition("\n")[0]
+        cause = textwrap.shorten(str(error), 150)
         raise UserError(
-            f"{path} is not loaded ({type(error).__name__}: {cause[:120]}); it begins with "
-            f"{head!r}; wanted is a state dict, saved by torch.save(net.state_dict(), path)"
+            f"{path} is not loaded ({type(error).__name__}: {cause}); it begins with {head!r}; "
+            "wanted is a state dict, saved by torch.save(net.state_dict(), path)"
         ) from None
 
 
@@ -270,14 +268,13 @@ def locked(path, wait=False):
         lock.release()
 
 
-# --- processes ------------------------------------------------------------------------------------
+# --- processes ---
 
 
 def rank_and_world():
     """(rank, number of processes) of this process; (0, 1) where torch.distributed is not in use."""
-    dist = torch.distributed
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
+    if torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
 
 
@@ -288,7 +285,7 @@ def is_first_process():
 
 def is_first_on_machine():
     """Whether this is the process that fills its machine's cache: of several on it, the first."""
-    return rank_and_world()[1] == 1 or int(os.environ.get("LOCAL_RANK", 0)) == 0
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
 def barrier():
@@ -313,7 +310,7 @@ def from_first_process(value):
     return handed[0]
 
 
-# --- devices --------------------------------------------------------------------------------------
+# --- devices ---
 
 
 def pick_device():
@@ -358,10 +355,9 @@ def amp_dtype(device, amp="auto"):
     torch.cuda.is_bf16_supported() is True on a T4, which emulates it slowly. On CPUs bf16 where it
     is the faster one: with a matrix unit (AMX), or with AVX512-BF16 that is not Intel's.
     """
-    if amp == "off":
-        return None
-    if amp != "auto":
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    named = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if amp in named:
+        return named[amp]
     if device.type == "cuda":
         has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if has_bf16 else torch.float16
@@ -375,10 +371,7 @@ def amp_dtype(device, amp="auto"):
 
 def to_device(x, device, dtype=None):
     """A module or a tensor (B, C, H, W) on a device, channels last: convolutions are faster so."""
-    layout = {"memory_format": torch.channels_last, "non_blocking": True}
-    if dtype is not None:
-        layout["dtype"] = dtype
-    return x.to(device, **layout)
+    return x.to(device, dtype, non_blocking=True, memory_format=torch.channels_last)
 
 
 # ==================================================================================================
@@ -412,13 +405,11 @@ class Config:
 
     # The student. The sample net has no settings; widths, depths and strides of the others have
     # one entry per layer.
-    student: str = setting("sample", "sample or ir, or a builder of your own in NETS")
+    student: str = setting("sample", "the net", choices=("sample", "ir", "resnet18"))
     stem_width: int = setting(48, "channels after the stem")
     widths: tuple = setting((64, 128, 256), "channels of layer1, layer2, ...")
     depths: tuple = setting((1, 1, 1), "blocks in each layer")
     strides: tuple = setting((1, 2, 2), "stride of each layer's first block")
-    kernel_size: int = setting(3, "depthwise kernel, an odd number")
-    expansion: int = setting(3, "an inverted residual is so many times as wide inside")
 
     # The training view. An empty crop_scale is the course's sample transform: the evaluation crop,
     # and flips.
@@ -464,8 +455,8 @@ class Config:
         for f in dataclasses.fields(self):
             object.__setattr__(self, f.name, allowed_value(f, getattr(self, f.name)))
         # It names a folder and a CSV; some names have a meaning of their own.
-        own_name = r"(?!(submission|submission_demo|demo|exercises)$)[A-Za-z0-9][\w-]{0,63}"
-        if not re.fullmatch(own_name, self.exp_name, re.ASCII):
+        own_name = r"(?!(submission|submission_demo|demo|exercises)$)[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
+        if not re.fullmatch(own_name, self.exp_name):
             raise UserError(
                 f"exp_name={self.exp_name!r}: allowed are letters, digits, '_' and '-', but not "
                 "submission, demo or exercises"
@@ -492,13 +483,6 @@ class Config:
         Never with aligned layers: feature maps are too large to store.
         """
         return self.needs_teacher and self.teacher_views > 0 and not self.aligned_layers
-
-    def view_epoch(self, epoch):
-        """The epoch whose order and draws `epoch` shows: itself, unless views are replayed."""
-        return epoch % self.teacher_views if self.replays else epoch
-
-
-VIEW_KEYS = tuple(f.name for f in dataclasses.fields(Config) if f.metadata["view"])
 
 
 def allowed_value(f, value):
@@ -628,7 +612,7 @@ def chosen_length(length="full"):
 
 def diff_configs(a, b):
     """Print the settings in which Config `b` differs from Config `a`, a line each."""
-    for name, before in dataclasses.asdict(a).items():
+    for name, before in vars(a).items():
         after = getattr(b, name)
         if before != after:
             print(f"{name:<14} {before!s:>18}  ->  {after!s}")
@@ -641,9 +625,15 @@ def diff_configs(a, b):
 SPLITS = ("training", "validation", "evaluation")
 # How the folder of a split may be called, in capitals too.
 SPELLINGS = {
-    "training": ("training", "train"),
-    "validation": ("validation", "valid", "val"),
-    "evaluation": ("evaluation", "eval", "testing", "test"),
+    "training": "training",
+    "train": "training",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "evaluation": "evaluation",
+    "eval": "evaluation",
+    "testing": "evaluation",
+    "test": "evaluation",
 }
 TEACHER_FILE = "resnet18_teacher.ckpt"
 COMPETITION = "ml2023spring-hw13"
@@ -657,7 +647,7 @@ DEMO_WARNING = (
     "*** DEMO: drawn shapes, not photographs. No number below says anything about Food-11. ***"
 )
 
-# --- a data folder --------------------------------------------------------------------------------
+# --- a data folder ---
 
 
 @dataclass(frozen=True)
@@ -679,17 +669,17 @@ class FoodData:
     def counts(self):
         """A DataFrame of the number of images by class and split, and a last row "all"."""
         names = (*CLASS_NAMES, "(unknown)")  # which the label -1 finds
-        columns = {split: Counter(self.labels[split]) for split in SPLITS}
-        table = pd.DataFrame(columns, index=[*range(NUM_CLASSES), -1]).fillna(0).astype(int)
-        table.index = names
+        columns = {}
+        for split, labels in self.labels.items():
+            columns[split] = Counter(names[label] for label in labels)
+        table = pd.DataFrame(columns, names).fillna(0).astype(int)
         table.loc["all"] = table.sum()
-        return table[table.any(axis=1)]
+        return table
 
     def describe(self):
-        """What the pictures are, where, how many, and which teacher is with them."""
-        counts = ", ".join(f"{split} {len(self.files[split]):,}" for split in SPLITS)
+        """What the pictures are, where, and which teacher is with them."""
         teacher = self.teacher_path or f"no {TEACHER_FILE} is with them"
-        text = f"{self.origin}: {counts}. Teacher: {teacher}."
+        text = f"{self.origin}: {self.root}. Teacher: {teacher}."
         return f"{DEMO_WARNING}\n{text}" if self.is_demo else text
 
 
@@ -700,13 +690,10 @@ def plain(name):
 
 def split_of(name):
     """The split that a folder's name spells, or None."""
-    for split, spellings in SPELLINGS.items():
-        if plain(name) in spellings:
-            return split
-    return None
+    return SPELLINGS.get(plain(name))
 
 
-# --- where it lies --------------------------------------------------------------------------------
+# --- where it lies ---
 
 
 def find_data(root=None):
@@ -788,8 +775,8 @@ def read_split(folder, split):
     files, others = [], []
     for path in sorted(folder.rglob("*")):
         # Systems leave .DS_Store, ._a.jpg and __MACOSX/a.jpg behind.
-        parts = path.relative_to(folder).parts
-        if not path.is_dir() and not any(part.startswith((".", "__")) for part in parts):
+        left_behind = re.search(r"(^|/)(\.|__)", path.relative_to(folder).as_posix())
+        if not path.is_dir() and not left_behind:
             (files if path.suffix.lower() in PICTURES else others).append(path)
     if not files:
         raise UserError(f"{folder} holds no picture ({', '.join(PICTURES)})")
@@ -812,8 +799,8 @@ def read_split(folder, split):
 
 def label_in_name(path):
     """The label of <label>_<n>.jpg; UserError without one, or for one out of range."""
-    number = re.match(r"(\d+)_", path.name)
-    if number is None or int(number[1]) >= NUM_CLASSES:
+    number = re.match("0*(10|[0-9])_", path.name)
+    if number is None:
         raise UserError(f"{path} should be called <label>_<n>, the label from 0 to 10")
     return int(number[1])
 
@@ -849,7 +836,7 @@ def with_validation_images(data):
     return with_training(data, *both)
 
 
-# --- one picture at a time: the course's Dataset, the reference -----------------------------------
+# --- one picture at a time: the course's Dataset, the reference ---
 
 
 def open_image(path):
@@ -922,7 +909,7 @@ class FoodDataset(Dataset):
         return self.transform(image), self.labels[i]
 
 
-# --- a split decoded once, into the cache ---------------------------------------------------------
+# --- a split decoded once, into the cache ---
 
 
 @dataclass(frozen=True)
@@ -959,22 +946,22 @@ def load_data(data, split, form, image_size):
     files = data.files[split]
     stats = []
     for path in files:
-        status = path.stat() if path.exists() else path.lstat()  # a broken link has its own
+        status = path.stat(follow_symlinks=path.exists())  # a broken link has its own
         stats.append((path.parts[-2:], status.st_size, status.st_mtime_ns))
     key = fingerprint(stats, form, image_size, Image.__version__, torchvision.__version__)
-    path = cache_root() / f"{split}-{form}-{image_size}-{key}.npy"
+    path = cache_root() / f"{split}-{key}.npy"
     if is_first_on_machine():
         with locked(path, wait=True):
             if not (path.is_file() and path.with_suffix(".pt").is_file()):
                 decode(files, split, form, image_size, path)
     barrier()
     facts = load_file(path.with_suffix(".pt"))
-    keep = facts["kept"].nonzero()[:, 0]
+    keep = facts["kept"]  # (N,) bool
     labels = torch.tensor(data.labels[split])[keep]
-    ids = tuple(data.ids[split][i] for i in keep.tolist())
+    ids = tuple(itertools.compress(data.ids[split], keep))
     # "c": what is written to the images would go into a private copy.
     images = torch.from_numpy(np.load(path, mmap_mode="c"))
-    if len(keep) < len(images):
+    if not keep.all():
         images = images[keep]
     contents = fingerprint(facts["contents"], labels.tolist())
     return Split(split, data.origin, images, labels, ids, facts["aspects"][keep], contents)
@@ -996,9 +983,9 @@ def decode(files, split, form, image_size, path):
             image = open_image(files[i])
             digest = hashlib.sha256(files[i].read_bytes()).hexdigest()
         except UserError as error:
-            say(f"WARNING: {error}; it is {'grey' if split == 'evaluation' else 'left out'}")
-            image = Image.new("RGB", (256, 256), (124, 124, 124))
-        images[i] = np.asarray(transform(image)).transpose(2, 0, 1)
+            say(f"WARNING: {error}; it is left out, or grey if it is an evaluation image")
+            image = Image.new("RGB", (256, 256), "#7c7c7c")
+        images[i] = transforms.functional.pil_to_tensor(transform(image))
         # Of the picture as it was, before it is squeezed or cropped.
         return image.width / image.height, digest
 
@@ -1030,7 +1017,7 @@ def usable_cpus():
     return os.cpu_count() or 1
 
 
-# --- the drawn demo set ---------------------------------------------------------------------------
+# --- the drawn demo set ---
 
 # Part of the demo folder's name: raise it where `draw_dish` is to draw other pictures.
 DEMO_VERSION = 2
@@ -1056,7 +1043,6 @@ def draw_dish(label, rng):
     plate = rng.uniform(42, 54, 2)  # its centre
     draw.ellipse([*(plate - 40), *(plate + 40)], (225, 225, 220))
     draw_pieces(draw, plate, label, rng)
-    # Something lies in front of it.
     corner = rng.uniform(0, 70, 2)
     opposite = corner + rng.uniform(12, 34)
     draw.rectangle([*corner, *opposite], random_colour(rng))
@@ -1121,13 +1107,12 @@ def draw_demo_set(folder, per_class, seed):
     """Draw all splits: beside their place and then renamed, so that no half set is ever read."""
     drawing = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(drawing, ignore_errors=True)  # of a process that was killed
-    root = drawing / "Food-11"
     # Seeds of their own: a split's pictures do not depend on how many the others have.
-    for place, split in enumerate(SPLITS):
+    for place, (split, n) in enumerate(per_class.items()):
         wrong = DEMO_WRONG_LABELS if split == "training" else 0.0
-        draw_split(root / split, per_class[split], (seed, place), wrong)
-    # Beside the set and not in it: no student ever sees them.
-    draw_split(drawing / TEACHER_FOLDER, per_class[TEACHER_FOLDER], (seed, len(SPLITS)), 0.0)
+        # The teacher's lie beside the set and not in it: no student ever sees them.
+        root = drawing / ("" if split == TEACHER_FOLDER else "Food-11")
+        draw_split(root / split, n, (seed, place), wrong)
     drawing.rename(folder)
 
 
@@ -1163,7 +1148,7 @@ def with_teacher_pictures(data):
 # weight: own images * processes / images of the whole step. With it gradients that are averaged
 # over processes are exact, also where the parts of a step differ in size.
 # view_epoch: the epoch whose draws are shown.
-Batch = namedtuple("Batch", "images labels rows weight view_epoch", defaults=(None, 1.0, None))
+Batch = namedtuple("Batch", "images labels rows weight view_epoch", defaults=((), 1.0, None))
 
 
 def affine_matrix(a, b, c, d, x=0.0, y=0.0):
@@ -1303,9 +1288,8 @@ def warp(images, matrices, size):
 @functools.cache
 def mean_and_std(device):
     """ImageNet's mean and deviation in pixels of 0..255, (3, 1, 1) each, put on a device once."""
-    mean = 255 * torch.tensor(IMAGENET_MEAN, device=device).view(3, 1, 1)
-    std = 255 * torch.tensor(IMAGENET_STD, device=device).view(3, 1, 1)
-    return mean, std
+    both = 255 * torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=device)
+    return both[:, :, None, None]
 
 
 def normalize(images):
@@ -1340,16 +1324,14 @@ class BatchLoader:
         self.train = train
         self.epoch = 0
         self.batch_size = batch_size or cfg.batch_size
-        # Each process takes its part of every batch.
         self.rank, self.world = rank_and_world() if shared else (0, 1)
         # What batches are read from; `images_on_gpu` puts a copy on the GPU in its place.
         self.images = split.images
-        self.labels = split.labels.to(self.device)
 
     def set_epoch(self, epoch):
         """Choose the epoch whose order and views the next iteration yields."""
         # Where views are replayed, an epoch has the number of the one that it repeats.
-        self.epoch = self.cfg.view_epoch(epoch)
+        self.epoch = epoch % self.cfg.teacher_views if self.cfg.replays else epoch
 
     def batches(self):
         """The rows of each step, over all processes.
@@ -1376,7 +1358,7 @@ class BatchLoader:
             # The parts differ by one image at most, and together they are the step.
             rows = step.tensor_split(self.world)[self.rank]
             images = self.views_of(rows, draw)
-            labels = self.labels[rows.to(self.device, non_blocking=True)]
+            labels = self.split.labels[rows].to(self.device, non_blocking=True)
             # The mean over processes of weighted means is the mean over the whole batch, also where
             # the parts are not of one size.
             weight = len(rows) * self.world / len(step)
@@ -1439,19 +1421,15 @@ def images_on_gpu(*loaders):
     try:
         for loader in ours:
             device = loader.device
-            if device.type == "cuda" and loader.images.nbytes < free_memory(device) / 2:
-                loader.images = loader.images.to(device)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # what torch keeps for later counts as free too
+                free, _ = torch.cuda.mem_get_info(device)  # bytes
+                if loader.images.nbytes < free / 2:
+                    loader.images = loader.images.to(device)
         yield
     finally:
         for loader in ours:
             loader.images = loader.split.images
-
-
-def free_memory(device):
-    """Bytes of a GPU that a new tensor can have; what torch keeps for later counts as free."""
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    # The driver tells (free, total) in bytes.
-    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def training_form(cfg):
@@ -1613,9 +1591,7 @@ def ir_student(cfg):
         layer = nn.Sequential()
         for place in range(depth):
             stride = stride if place == 0 else 1
-            layer.append(
-                InvertedResidual(width, out_channels, cfg.kernel_size, stride, cfg.expansion)
-            )
+            layer.append(InvertedResidual(width, out_channels, stride=stride))
             width = out_channels
         net.add_module(f"layer{number}", layer)
     net.add_module("pool", GlobalAvgPool())
@@ -1634,10 +1610,8 @@ NETS = {"sample": sample_student, "ir": ir_student, "resnet18": resnet18}
 def build_student(cfg):
     """The net that `cfg` trains, its weights drawn from cfg.seed.
 
-    The global random state is left alone. UserError for a name that is not in NETS.
+    The global random state is left alone.
     """
-    if cfg.student not in NETS:
-        raise UserError(f"student={cfg.student!r}: allowed is one of {', '.join(NETS)}")
     # Weights are drawn on the CPU, whose generator is put back after the block.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
@@ -1692,10 +1666,10 @@ def trace_calls(model, image_size):
     def record_as(name):
         def record(module, inputs, output):
             # The children's parameters are counted at the children's own calls.
-            own = sum(p.numel() for p in module.parameters(recurse=False))
+            own = sum(p.numel() for p in module.parameters(False))
             if own:
-                first = output if isinstance(output, torch.Tensor) else output[0]
-                calls.append((name, tuple(first.shape[1:]), own))
+                # A module that answers with a tuple (attention) is counted too.
+                calls.append((name, tuple(getattr(output, "shape", ())[1:]), own))
 
         return record
 
@@ -1730,7 +1704,6 @@ def macs_by_module(model, image_size):
     for name, operations in counter.get_flop_counts().items():
         # torch's names begin with the model's class; the whole is called Global.
         macs[name.partition(".")[2]] = sum(operations.values()) // 2
-    macs[""] = counter.get_total_flops() // 2
     return macs
 
 
@@ -1751,12 +1724,12 @@ def layer_table(model, image_size=224):
         # Only layers without children have parameters of their own here. There are no multiply-adds
         # for what is no convolution or product, batch norm for example.
         output = " x ".join(map(str, shape))
-        rows.append((name, output, parameters, macs.get(name, 0)))
+        # "layer1.0.expand.0" belongs to the block "layer1.0".
+        block = ".".join(name.split(".")[:2])
+        rows.append((block, output, parameters, macs.get(name, 0)))
     frame = pd.DataFrame(rows, columns=["layer", "output", "parameters", "multiply-adds"])
-    # "layer1.0.expand.0" belongs to the block "layer1.0".
-    block = frame["layer"].str.split(".").str[:2].str.join(".")
     # In the order of the forward pass; a block's output is that of its last layer.
-    frame = frame.groupby(block, sort=False).agg(
+    frame = frame.groupby("layer", sort=False).agg(
         {"output": "last", "parameters": "sum", "multiply-adds": "sum"}
     )
     frame.loc["all"] = ["", frame["parameters"].sum(), macs[""]]
@@ -1771,9 +1744,8 @@ def layer_table(model, image_size=224):
 def load_weights(net, path):
     """Load a checkpoint into a net, and return it: the file itself or one of its values.
 
-    The keys may have a prefix in common (module., model., _orig_mod.). Raises UserError where the
-    file holds no such net or two of them, where torch finds a key or shape that does not fit, or
-    for values that are not finite.
+    The keys may have a prefix in common (module., model., _orig_mod.). Raises UserError where torch
+    finds a key or shape that does not fit, or for values that are not finite.
     """
     saved = load_file(path)
     wanted = [key for key in net.state_dict() if not key.endswith("num_batches_tracked")]
@@ -1784,15 +1756,12 @@ def load_weights(net, path):
             prefix = str(key).removesuffix(wanted[0])
             if prefix != key and all(prefix + name in state for name in wanted):
                 # What does not begin so is of something else.
-                ours = [name for name in state if name.startswith(prefix)]
-                found.append({name.removeprefix(prefix): state[name] for name in ours})
-    if len(found) > 1:
-        raise UserError(f"{path} is not loaded: it holds {len(found)} such nets: save one of them")
+                ours = filter(lambda item: item[0].startswith(prefix), state.items())
+                found.append({name.removeprefix(prefix): value for name, value in ours})
     try:
         net.load_state_dict(found[0] if found else saved)
     except (RuntimeError, TypeError) as error:  # torch names what is missing or of another shape
-        why = " ".join(str(error).split())
-        raise UserError(f"{path} is not loaded: {why[:300]}") from None
+        raise UserError(f"{path} is not loaded: {textwrap.shorten(str(error), 300)}") from None
     # A sum, for it is finite only if all its terms are.
     if not sum(value.double().sum() for value in net.state_dict().values()).isfinite():
         raise UserError(f"{path} is not loaded: it holds values that are not finite")
@@ -1838,6 +1807,9 @@ def soft_labels(logits, temperature):
     return F.softmax(logits.float() / temperature, dim=-1)
 
 
+VIEW_KEYS = tuple(f.name for f in dataclasses.fields(Config) if f.metadata["view"])
+
+
 class StoredLogits:
     """The teacher's logits of K replayable epochs in one file: stored once, computed no more.
 
@@ -1875,7 +1847,7 @@ class StoredLogits:
         self.logits[batch.view_epoch, batch.rows] = logits.detach().float().cpu()
 
 
-CONFIG = "config.json"  # {"config": ...}, beside a run's checkpoints
+CONFIG = "config.json"  # a run's settings, beside its checkpoints
 
 
 def load_student(path):
@@ -1883,8 +1855,7 @@ def load_student(path):
 
     Raises UserError where the file is no student of that config (a net of your own, say).
     """
-    facts = json.loads(Path(path).with_name(CONFIG).read_text(encoding="utf-8"))
-    cfg = Config(**facts["config"])
+    cfg = Config(**json.loads(Path(path).with_name(CONFIG).read_text(encoding="utf-8")))
     return freeze(load_weights(build_student(cfg), path)), cfg
 
 
@@ -2041,8 +2012,8 @@ class DistillLoss(nn.Module):
         # data-parallel wrapper sees the teacher's weights, and train() does not reach it. A teacher
         # that no term asks about would only cost time.
         self.__dict__["teacher"] = freeze(teacher) if cfg.needs_teacher else None
-        self.own = {name: code for name, code in own.items() if code is not None}
-        for name, code in {**OWN_CODE, **self.own}.items():
+        self.own = own
+        for name, code in {**OWN_CODE, **own}.items():
             setattr(self, name, code)
         self.layers = cfg.aligned_layers if cfg.needs_teacher else {}
         # Registered, unlike the teacher: the optimizer moves them and a checkpoint keeps them.
@@ -2090,7 +2061,6 @@ class DistillLoss(nn.Module):
 
         kd, alpha, align = self.weights
         temperature = self.cfg.temperature
-        # For the log, before they are weighed.
         plain = (student_logits.detach(), labels, teacher_logits)
         terms = {
             "ce": loss_fn_kd(*plain, 0.0, temperature),
@@ -2114,8 +2084,19 @@ class DistillLoss(nn.Module):
 # 7  Training
 # ==================================================================================================
 
-TRAINING_COLUMNS = ("epoch", "lr", "train_loss", "train_acc", "ce", "kl", "align")
-HISTORY_COLUMNS = (*TRAINING_COLUMNS, "valid_loss", "valid_acc", "n", "seconds")
+HISTORY_COLUMNS = (
+    "epoch",
+    "lr",
+    "train_loss",
+    "train_acc",
+    "ce",
+    "kl",
+    "align",
+    "valid_loss",
+    "valid_acc",
+    "n",
+    "seconds",
+)
 # Steps between two looks at whether the loss is finite; each look waits for the device.
 CHECK_FINITE_EVERY = 20
 KAGGLE_HOURS = 12
@@ -2213,11 +2194,9 @@ def train_one_epoch(state, forward, loader, epoch, stored=None, on_step=None):
     """One pass over the training images: {"lr", "train_loss", "train_acc"} and the loss's terms.
 
     forward: state.loss_fn or its data-parallel wrapper. loader yields (images, labels) or Batch.
-    stored: StoredLogits to read or fill. on_step(n_images, sums) is told of each step. Sums stay on
-    the device, so no step waits for one. Raises UserError where a loss is not finite, or for
-    evaluation images.
+    stored: StoredLogits to read or fill. on_step is told how many images each step had. Sums stay
+    on the device, so no step waits for one. Raises UserError where a loss is not finite.
     """
-    refuse_evaluation(loader)
     loss_fn = state.loss_fn
     cfg = loss_fn.cfg
     # The student alone: the teacher is no submodule and stays in eval mode.
@@ -2241,7 +2220,6 @@ def train_one_epoch(state, forward, loader, epoch, stored=None, on_step=None):
 
         teacher_logits = stored.read(batch) if stored else None
         out = forward(images, labels, teacher_logits)
-        # The rate moves with every step.
         lr = learning_rate(cfg, epoch + step / n_steps)
         # The weight is 1, except where the processes' parts of a step differ in size (see Batch).
         optimizer_step(state, out.loss * batch.weight, lr, cfg.grad_norm_max)
@@ -2257,8 +2235,8 @@ def train_one_epoch(state, forward, loader, epoch, stored=None, on_step=None):
             check_finite(unchecked, cfg, epoch, loader)
             unchecked = []
         if on_step:
-            on_step(len(labels), sums)
-    return {"lr": lr, **sums.over_all_processes()}
+            on_step(len(labels))
+    return {"lr": lr, **sums.means()}
 
 
 class EpochSums:
@@ -2282,16 +2260,12 @@ class EpochSums:
             self.sums[name] = self.sums.get(name, 0.0) + total.double()
 
     def means(self):
-        """{"train_loss", "train_acc"} and the terms, so far. Reading them waits for the device."""
+        """{"train_loss", "train_acc"} and the terms: means over the images of all processes."""
+        for total in self.sums.values():
+            all_reduce(total)
         totals = {name: total.item() for name, total in self.sums.items()}
         n = totals.pop("n")
         return {name: total / n for name, total in totals.items()}
-
-    def over_all_processes(self):
-        """The means over the images of all processes."""
-        for total in self.sums.values():
-            all_reduce(total)
-        return self.means()
 
 
 def check_finite(losses, cfg, epoch, loader):
@@ -2301,7 +2275,6 @@ def check_finite(losses, cfg, epoch, loader):
     CHECK_FINITE_EVERY batches and not at each. The teacher is asked first: where its answers are
     not finite, no learning rate helps.
     """
-    # One transfer for all steps since the last look.
     good = torch.stack([loss for loss, *_ in losses]).isfinite().tolist()
     if all(good):
         return
@@ -2309,8 +2282,8 @@ def check_finite(losses, cfg, epoch, loader):
     what = f"the loss is not finite: lower lr (now {cfg.lr:g}) or set amp=off"
     if teacher_logits is not None and not teacher_logits.isfinite().all():
         what = "the teacher's answers are not finite: set amp=off, or take another teacher"
-    # A DataLoader does not tell which images a batch has.
-    ids = "" if rows is None else some_of([loader.split.ids[row] for row in rows])
+    # A DataLoader does not tell which images a batch has: no rows.
+    ids = some_of([loader.split.ids[row] for row in rows])
     raise UserError(f"{what} (in epoch {epoch + 1}, at the images {ids}); what was saved is intact")
 
 
@@ -2445,7 +2418,7 @@ def fit(loss_fn, train_loader, valid_loader=None, folder=None):
         with images_on_gpu(train_loader, valid_loader):
             train_epochs(state, train_loader, valid_loader, stored, folder)
     except torch.OutOfMemoryError as error:
-        with_note(error, f"{cfg.exp_name}: set batch_size={max(2, cfg.batch_size // 2)}, or less")
+        with_note(error, f"{cfg.exp_name}: set batch_size={cfg.batch_size // 2}, or less")
         raise
     except KeyboardInterrupt:
         say(f"{cfg.exp_name}: stopped after epoch {len(state.history)}; run again, and it goes on")
@@ -2463,8 +2436,13 @@ def train_epochs(state, train_loader, valid_loader, stored, folder):
     # The wrapper averages gradients over processes; what has state is still read from loss_fn.
     forward = data_parallel(loss_fn)
     n_images = len(train_loader.dataset)
+    n_processes = rank_and_world()[1]
     options = {"total": cfg.n_epochs * n_images, "initial": len(state.history) * n_images}
     with progress_bar(desc=cfg.exp_name, **options) as bar:
+
+        def on_step(n):
+            bar.update(n * n_processes)  # each has about as many
+
         # The length of the history is the clock, so a restored run goes on at the right epoch.
         while not is_finished(state.history, cfg):
             epoch = len(state.history)
@@ -2475,7 +2453,6 @@ def train_epochs(state, train_loader, valid_loader, stored, folder):
                 )
                 break
             start = time.perf_counter()
-            on_step = functools.partial(show_step, bar, state.history)
             row = train_one_epoch(state, forward, train_loader, epoch, stored, on_step)
             share_buffers(loss_fn.student)
             scores = evaluate(loss_fn.student, valid_loader) if valid_loader else {}
@@ -2483,20 +2460,13 @@ def train_epochs(state, train_loader, valid_loader, stored, folder):
             seconds = time.perf_counter() - start
             row = {"epoch": epoch + 1, **row, "valid_acc": math.nan, **scores, "seconds": seconds}
             state.history.append(row)
-            if best_so_far(state.history)[1] == 0:
+            best, since = best_so_far(state.history)
+            if since == 0:
                 state.best = copy_of_weights(loss_fn.student)
+            bar.set_postfix(loss=row["train_loss"], valid=row["valid_acc"], best=best)
             if folder:
                 folder.save(state)
             barrier()
-
-
-def show_step(bar, history, n_images, sums):
-    """Count a step in the bar; where that redrew itself, show the epoch's loss and accuracy."""
-    # Every process does about as many, and this bar counts for all.
-    if bar.update(n_images * rank_and_world()[1]):
-        means = sums.means()
-        best = max(best_so_far(history)[0], 0)  # -1 before the first epoch would look like a score
-        bar.set_postfix(loss=means["train_loss"], acc=means["train_acc"], valid=best, refresh=False)
 
 
 def time_is_up(cfg, history):
@@ -2513,7 +2483,7 @@ def time_is_up(cfg, history):
     return from_first_process(time.time() - SESSION_START + needed > limit)
 
 
-# --- several processes ----------------------------------------------------------------------------
+# --- several processes ---
 
 
 def data_parallel(loss_fn):
@@ -2539,7 +2509,7 @@ def process_group():
     torchrun sets them, and `fit_on_all`; without them this is the only process. GPUs use NCCL,
     and gloo beside it, by which values in the CPU's memory are handed on.
     """
-    if "RANK" in os.environ and "MASTER_PORT" in os.environ:
+    if {"RANK", "MASTER_PORT"} <= os.environ.keys():
         device = pick_device()
         is_gpu = device.type == "cuda"
         torch.distributed.init_process_group(
@@ -2553,6 +2523,17 @@ def process_group():
         torch.distributed.destroy_process_group()
 
 
+def n_gpus(loss_fn):
+    """How many GPUs train a stage: all of a notebook's machine; own code lives in one process."""
+    n = torch.cuda.device_count()
+    if n < 2 or not in_notebook() or loss_fn.device != torch.device("cuda", 0):
+        return 1
+    if loss_fn.own:
+        say(f"one of {n} GPUs trains, for your own code is in this notebook only")
+        return 1
+    return n
+
+
 def fit_on_all(loss_fn, data, folder, n):
     """`fit` with n processes, one per GPU, which leave the run in the folder: the history."""
     from torch.distributed.elastic.utils.distributed import get_free_port
@@ -2563,17 +2544,22 @@ def fit_on_all(loss_fn, data, folder, n):
     if not is_finished(state.history, cfg):
         say(f"{cfg.exp_name}: {n} GPUs train, a process each")
         # A copy, for processes share tensors of the CPU.
-        job = (n, get_free_port(), copy.deepcopy(loss_fn).on("cpu"), data, folder)
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()  # the first process trains on this one's GPU
+        job = (n, str(get_free_port()), copy.deepcopy(loss_fn).on("cpu"), data, folder)
+        torch.cuda.empty_cache()  # the first process trains on this one's GPU
+        started = torch.multiprocessing.spawn(train_rank, job, nprocs=n, join=False)
         try:
-            torch.multiprocessing.spawn(train_rank, job, nprocs=n)
+            while not started.join():  # it returns as each of them ends
+                pass
         except torch.multiprocessing.ProcessRaisedException as error:
             # Its text is the traceback of the process.
             sentence = re.search("UserError: (.+)", str(error))
             if sentence:
                 raise UserError(sentence[1]) from None
             raise
+        finally:
+            # The stop button may reach this process alone.
+            for process in started.processes:
+                process.terminate()
         folder.open(state)
         # The processes swallow the stop button.
         if not is_finished(state.history, cfg) and not time_is_up(cfg, state.history):
@@ -2584,8 +2570,8 @@ def fit_on_all(loss_fn, data, folder, n):
 
 def train_rank(rank, n, port, loss_fn, data, folder):
     """What one of n processes does: join, train its part of every batch, leave."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=str(n))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
     torch.set_num_threads(max(1, usable_cpus() // n))
     # helpers.py may have been edited since the notebook imported it.
     folder.check_code(loss_fn)
@@ -2623,11 +2609,9 @@ def six_views(student, eval_loader, whole_loader):
     The views are the evaluation crop, two other scales of it, and the mirror images of all three.
     eval_loader, whole_loader: BatchLoaders of one split in either form, in equal batches.
     """
-    crops = []
-    for scale in VIEW_SCALES:
-        matrices = centre_crops(whole_loader.split.aspects, scale)
-        # (N, 1, 2, 3): a way to the source and no frame, so `warp` blackens nothing.
-        crops.append(matrices.to(whole_loader.device))
+    aspects = whole_loader.split.aspects.to(whole_loader.device)
+    # (N, 1, 2, 3): a way to the source and no frame, so `warp` blackens nothing.
+    crops = [centre_crops(aspects, scale) for scale in VIEW_SCALES]
     size = whole_loader.cfg.image_size
     parts = []
     with evaluation_mode(student):
@@ -2668,19 +2652,17 @@ def predict(student, data, cfg, device, split="evaluation", views=6):
 
 def write_submission(path, ids, classes):
     """Write the CSV Id,Category, a row per image in the given order, whole or not at all."""
-    # int, for a tensor would be written as "tensor(3)".
-    rows = pd.DataFrame({"Id": list(ids), "Category": [int(k) for k in classes]})
+    # An array, for a tensor would be written as "tensor(3)".
+    rows = pd.DataFrame({"Id": ids, "Category": np.asarray(classes)})
     write_text(path, rows.to_csv(index=False, lineterminator="\n"))
 
 
 def validate_submission(path, ids):
     """The number of rows of a CSV that Kaggle would take; UserError says what is wrong, and where.
 
-    ids: the wanted ids, or how many rows ("0000", "0001", ...). The order of the rows does not
-    count, as on Kaggle. Rows count from 1 and with the header, as an editor shows them.
+    ids: the wanted ones. The order of the rows does not count, as on Kaggle. Rows count from 1 and
+    with the header, as an editor shows them.
     """
-    if isinstance(ids, int):
-        ids = [f"{i:04d}" for i in range(ids)]
     try:
         rows = pd.read_csv(path, dtype=str, keep_default_na=False)
     except ValueError as error:  # empty, binary, or of rows of other lengths
@@ -2712,25 +2694,16 @@ def write_predictions(student, data, cfg, path, device, views):
             say("WARNING: all in one class: this net tells nothing apart")
 
 
-def file_hash(path):
-    """A short hash of a text file's content."""
-    return fingerprint(Path(path).read_text(encoding="utf-8"))
-
-
 def write_result(run, images):
-    """Leave a Run's score in its folder, and a hash of its images and its CSV, for later calls."""
-    score = None if math.isnan(run.valid_acc) else run.valid_acc
-    result = {"stage": run.label, "valid_acc": score, "images": images, "csv": file_hash(run.csv)}
+    """Leave a Run's score and a hash of its images in its folder, for later calls."""
+    score = -1.0 if math.isnan(run.valid_acc) else run.valid_acc
+    result = {"stage": run.label, "valid_acc": score, "images": images}
     write_text(run.folder / RESULT, json.dumps(result, indent=1) + "\n")
 
 
 def read_result(folder):
-    """What `write_result` left in a folder; empty without it, or where the CSV is another one."""
-    with contextlib.suppress(OSError, ValueError):
-        result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-        if result["csv"] == file_hash(folder / PREDICTIONS):
-            return result
-    return {}
+    """What `write_result` left in a folder."""
+    return json.loads((folder / RESULT).read_text(encoding="utf-8"))
 
 
 def best_run(runs):
@@ -2752,33 +2725,23 @@ def write_best(runs, data, out=None, final=None):
     the demo set the file is called submission_demo.csv.
     """
     name = "submission_demo.csv" if data.is_demo else "submission.csv"
-    path = Path(out or default_out()).expanduser() / name
+    path = out_folder(out) / name
     if not is_first_process():
         return path
     best = final or best_run(runs)
     folder = best.folder
     why = f"the final fit, {best.label}, as asked"
     if final is None:
-        own = read_result(folder)
-        to_beat = best.valid_acc
-        name = best.label
+        result = read_result(folder)
         for other in sorted(path.parent.glob(f"**/{RESULT}")):
             found = read_result(other.parent)
-            score = found.get("valid_acc") or -1
-            if found.get("images") == own.get("images") and score > to_beat:
-                to_beat, name, folder = score, found["stage"], other.parent
-        why = f"{name} has the best validation accuracy, {to_beat:.4f}"
+            same_images = found["images"] == result["images"]
+            if same_images and found["valid_acc"] > result["valid_acc"]:
+                result, folder = found, other.parent
+        why = f"{result['stage']} has the best validation accuracy, {result['valid_acc']:.4f}"
     write_text(path, (folder / PREDICTIONS).read_text(encoding="utf-8"))
     say(f"{path} is {folder / PREDICTIONS}: {why} ({data.origin})")
     return path
-
-
-def download_link(path):
-    """A link for the notebook, from which the browser downloads a file."""
-    from IPython.display import FileLink
-
-    # A relative link, for the browser sees the notebook server's folders.
-    return FileLink(os.path.relpath(path))
 
 
 # ==================================================================================================
@@ -2788,7 +2751,7 @@ def download_link(path):
 BEST = "student_best.ckpt"  # a plain state dict
 LAST = "last.ckpt"  # what a run goes on from
 
-# --- what a run is --------------------------------------------------------------------------------
+# --- what a run is ---
 
 
 def probe(loss_fn):
@@ -2863,27 +2826,26 @@ def fill_in(module):
 
 
 def made_up_views(cfg):
-    """Eleven made-up pictures in a config's training views: normalised (11, 3, S, S)."""
-    generator = torch.Generator().manual_seed(0)
-    side = source_size(cfg.image_size)
+    """Eleven made-up pictures as a config's loader shows them in training: (11, 3, S, S)."""
+    side = source_size(cfg.image_size) if cfg.crop_scale else cfg.image_size
+    rows = torch.arange(NUM_CLASSES)
     shape = (NUM_CLASSES, 3, side, side)
+    generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
-    if not cfg.crop_scale:
-        return normalize(images[:, :, : cfg.image_size, : cfg.image_size])
-    matrices = sample_affine(torch.linspace(0.6, 1.8, NUM_CLASSES), cfg, generator)
-    return normalize(warp(images, matrices, cfg.image_size))
+    aspects = torch.linspace(0.6, 1.8, NUM_CLASSES)
+    split = Split("training", "made up", images, rows, tuple(rows), aspects, "")
+    return BatchLoader(split, cfg, "cpu", train=True).views_of(rows)
 
 
 def run_facts(loss_fn, first_weights):
-    """What a result depends on, as JSON-able facts; the images are added when they are decoded.
+    """What a result depends on, as plain values; the images are added when they are decoded.
 
     first_weights: the student's, if they are drawn from the config's seed.
     """
     teacher = loss_fn.teacher
     code = {"teacher": None if teacher is None else state_checksum(teacher), **probe(loss_fn)}
     code["first weights"] = norms(first_weights)
-    facts = {"config": dataclasses.asdict(loss_fn.cfg), "data": {}, "code": code}
-    return json.loads(json.dumps(facts))  # as they come back from a file
+    return {"config": dataclasses.asdict(loss_fn.cfg), "data": {}, "code": code}
 
 
 def differences(was, now):
@@ -2967,7 +2929,7 @@ class RunFolder:
             return None, []
         try:
             saved = load_file(folder / LAST)
-            different = differences(json.loads(saved["facts"]), self.facts)
+            different = differences(saved["facts"], self.facts)
         except (UserError, KeyError, TypeError) as error:
             return None, [f"no run can be read: {error}"]
         return None if different else saved, different
@@ -2986,12 +2948,11 @@ class RunFolder:
         """Write the run's files, last.ckpt at the end: killed before it, the last save counts."""
         if not is_first_process():
             return
-        write_text(self.path / CONFIG, json.dumps({"config": self.facts["config"]}, indent=1))
+        write_text(self.path / CONFIG, json.dumps(self.facts["config"], indent=1))
         save_checkpoint(state.best, self.path / BEST)
         log = pd.DataFrame(state.history, columns=HISTORY_COLUMNS)
         write_text(self.path / "log.csv", log.to_csv(index=False, lineterminator="\n"))
-        facts = json.dumps(self.facts)
-        save_checkpoint({"facts": facts, **state.state_dict()}, self.path / LAST)
+        save_checkpoint({"facts": self.facts, **state.state_dict()}, self.path / LAST)
 
     def check_code(self, loss_fn):
         """UserError where this process's code is not that of the notebook which started it."""
@@ -3000,7 +2961,7 @@ class RunFolder:
             raise UserError(f"helpers.py has changed ({some_of(different)}): restart the kernel")
 
 
-# --- a stage --------------------------------------------------------------------------------------
+# --- a stage ---
 
 
 @dataclass
@@ -3027,11 +2988,6 @@ class Run:
         return f"{self.name} (unfinished: {len(self.history)} of {self.cfg.n_epochs} epochs)"
 
     @property
-    def n_valid(self):
-        """The number of validation images that it was scored on."""
-        return 0 if self.correct is None else len(self.correct)
-
-    @property
     def valid_acc(self):
         """The accuracy on the validation images; nan where the run has trained on them."""
         return math.nan if self.correct is None else self.correct.double().mean().item()
@@ -3053,15 +3009,15 @@ class Run:
 
 def stage_folder(cfg, data, out=None):
     """Where a stage keeps its files: <out>/<stage>, for the demo set <out>/demo/<stage>."""
-    out = Path(out or default_out()).expanduser()
-    return out / ("demo" if data.is_demo else "") / cfg.exp_name
+    return out_folder(out) / ("demo" if data.is_demo else "") / cfg.exp_name
 
 
 def own_student(cfg, student):
     """The net to train: a copy of a net that is handed in, or what a function or class builds.
 
     A builder's weights are drawn from cfg.seed. A compiled net is trained as the plain net that it
-    holds. UserError where layers lie in a plain list: no state dict holds them.
+    holds. UserError for a net above the limit, and where layers lie in a plain list: no state dict
+    holds them.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
@@ -3084,10 +3040,9 @@ def prepare_stage(cfg, data, teacher=None, out=None, device=None, student=None, 
 
     student: your own net, or a function without arguments that builds it. own: loss_fn_kd,
     alignment, loss_weights, your own functions in place of this module's (see DistillLoss).
-    Raises UserError for a student above the limit, and as `own_student` and `probe` do.
+    Raises UserError as `own_student` and `probe` do.
     """
-    net = build_student(cfg) if student is None else own_student(cfg, student)
-    check_budget(net, image_size=cfg.image_size)
+    net = own_student(cfg, student or functools.partial(build_student, cfg))
     # An instance has other first weights in each session.
     first_weights = () if isinstance(student, nn.Module) else list(net.parameters())
     loss_fn = DistillLoss(cfg, net, teacher, **own)
@@ -3098,32 +3053,14 @@ def prepare_stage(cfg, data, teacher=None, out=None, device=None, student=None, 
 
 
 def train_stage(loss_fn, data, folder):
-    """Train a DistillLoss, or load it where it is finished: (history, validation loader).
-
-    RuntimeError where training has changed the teacher.
-    """
+    """Train a DistillLoss, or load it where it is finished: (history, validation loader)."""
     train_loader, valid_loader = build_loaders(loss_fn.cfg, data, loss_fn.device)
-    for what, loader in (("training", train_loader), ("validation", valid_loader)):
-        folder.facts["data"][f"{what} images"] = loader and loader.split.contents
+    contents = (train_loader.split.contents, valid_loader and valid_loader.split.contents)
+    folder.facts["data"]["images"] = contents
     n = n_gpus(loss_fn)
     if n > 1:
-        history = fit_on_all(loss_fn, data, folder, n)
-    else:
-        history = fit(loss_fn, train_loader, valid_loader, folder)
-    teacher = loss_fn.teacher
-    if teacher is not None and state_checksum(teacher) != folder.facts["code"]["teacher"]:
-        raise RuntimeError("training has changed the teacher's weights or statistics")
-    return history, valid_loader
-
-
-def n_gpus(loss_fn):
-    """How many GPUs train a stage: all of a notebook's machine; own code lives in one process."""
-    n = torch.cuda.device_count()
-    if n < 2 or not in_notebook() or loss_fn.device != torch.device("cuda", 0):
-        return 1
-    if loss_fn.own:
-        say(f"one of {n} GPUs trains, for your own code is in this notebook only")
-    return 1 if loss_fn.own else n
+        return fit_on_all(loss_fn, data, folder, n), valid_loader
+    return fit(loss_fn, train_loader, valid_loader, folder), valid_loader
 
 
 def carry_out(loss_fn, data, folder, views):
@@ -3205,20 +3142,20 @@ def run(
     return runs
 
 
-# --- the teacher ----------------------------------------------------------------------------------
+# --- the teacher ---
 
 
-def train_teacher(data, out=None, cfg=None):
+def train_teacher(data, out=None):
     """Train a ResNet-18 from scratch on the training images: the path of its checkpoint.
 
     The homework allows a teacher of one's own; it is not bound by the parameter limit and never
-    submitted. On the demo set it learns from pictures of its own (`with_teacher_pictures`). cfg:
-    its settings, by default TEACHER_CONFIG. Raises UserError where the session's time ends it too
-    early: call it again to go on.
+    submitted. On the demo set it learns from pictures of its own (`with_teacher_pictures`). Its
+    settings are TEACHER_CONFIG. Raises UserError where the session's time ends it too early: call
+    it again to go on.
     """
-    if cfg is None and data.is_demo:
-        cfg = replace(TEACHER_CONFIG, **DEMO_TEACHER_SETTINGS)
-    cfg = cfg or TEACHER_CONFIG
+    cfg = TEACHER_CONFIG
+    if data.is_demo:
+        cfg = replace(cfg, **DEMO_TEACHER_SETTINGS)
     if is_switched_on("HW13_FAST"):
         cfg = replace(cfg, n_epochs=1)
     folder = stage_folder(cfg, data, out)
@@ -3256,7 +3193,6 @@ def find_teacher(data, path=None, out=None, device="cpu"):
 STYLES = plt.cycler(
     color=("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#000000"),
     marker=("o", "s", "^", "D", "v", "*"),
-    linestyle=("-", "--", "-.", ":", "-", "--"),
 )
 
 
@@ -3296,14 +3232,13 @@ def new_figure(title, sentence, height=3.6):
     figure = plt.figure(
         figsize=(6, height), dpi=80, layout="constrained", FigureClass=AltTextFigure
     )
-    # A notebook shows it once, as a value.
     plt.close(figure)
     figure.suptitle(textwrap.fill(title, 70), fontsize=11)
     figure.alt_text = f"{title}. {sentence}"
     return figure
 
 
-# --- pictures -------------------------------------------------------------------------------------
+# --- pictures ---
 
 
 def draw_picture(ax, image, title=""):
@@ -3352,11 +3287,11 @@ def plot_dishes():
 
 
 @illustration()
-def plot_views(loader, epochs=3):
-    """What training sees: a column per picture, a row per epoch of a training BatchLoader."""
+def plot_views(loader):
+    """What training sees: four pictures, in a row per epoch of a training BatchLoader."""
     rows = torch.arange(4)
     views = []
-    for epoch in range(epochs):
+    for epoch in range(3):
         loader.set_epoch(epoch)
         views.extend(loader.views_of(rows))
     title = f"the training views of {loader.cfg.exp_name}: {loader.split.origin}"
@@ -3364,21 +3299,17 @@ def plot_views(loader, epochs=3):
 
 
 @illustration()
-def plot_mistakes(split, classes, right=None, n=12):
-    """At most n images that were classified wrongly, with the true and the predicted class.
+def plot_mistakes(split, classes):
+    """At most twelve images that were classified wrongly, with the true and the predicted class.
 
-    classes: (N,) int64, predicted. right: the classes of another net, (N,); only mistakes on images
-    that it gets right are shown.
+    classes: (N,) int64, predicted.
     """
-    mistaken = classes != split.labels
-    if right is not None:
-        mistaken = mistaken & (right == split.labels)
-    wrong = mistaken.nonzero()[:, 0]
-    wrong = wrong[:: len(wrong) // n + 1]  # spread over the split, which is sorted by class
+    wrong = (classes != split.labels).nonzero()[:, 0]
+    title = f"{len(wrong)} mistakes, {split.name}: {split.origin}"
+    wrong = wrong[:: len(wrong) // 12 + 1]  # spread over the split, which is sorted by class
     titles = []
     for true, predicted in zip(split.labels[wrong], classes[wrong], strict=True):
         titles.append(f"{CLASS_NAMES[true]}\nnot {CLASS_NAMES[predicted]}")
-    title = f"{mistaken.sum()} mistakes, {split.name}: {split.origin}"
     return picture_grid(title, "The true class, not the predicted.", split.images[wrong], titles)
 
 
@@ -3388,7 +3319,7 @@ def attention_map(model, images, layer):
     images: (B, 3, S, S) (Zagoruyko and Komodakis 2017).
     """
     features = features_of(model, [layer], images)[layer]  # (B, C, H, W)
-    return features.float().square().mean(1).cpu()
+    return features.square().mean(1).cpu()
 
 
 @illustration()
@@ -3446,7 +3377,7 @@ def plot_answers(image, answers, title):
     return picture_and_bars(title, image, charts)
 
 
-# --- charts ---------------------------------------------------------------------------------------
+# --- charts ---
 
 BELOW = {"loc": "outside lower center", "ncols": 2}  # a legend that hides no line
 
@@ -3463,13 +3394,6 @@ def plot_bars(frame, title, xlabel):
     ax.invert_yaxis()  # the first row on top
     figure.legend(**BELOW)
     return figure
-
-
-@illustration()
-def plot_epoch_parts(parts, origin):
-    """Where an epoch's seconds go: {loader's name: what `epoch_parts` returns, or None}."""
-    frame = pd.DataFrame(parts).T.dropna()  # a row per loader, a column per part
-    return plot_bars(frame, f"an epoch with each loader: {origin}", "seconds")
 
 
 @illustration()
@@ -3493,17 +3417,19 @@ def plot_lines(frame, title, ylabel, errors=None, **settings):
 def plot_history(runs):
     """Training loss and, below it, validation accuracy by epoch of several Runs."""
     runs = list(runs)
-    best = [f"{run.label} {run.valid_acc:.3f}" for run in runs]
-    sentence = f"Best accuracies on validation: {', '.join(best)}."
-    figure = new_figure(f"learning curves: {runs[0].origin}", sentence, 6.4)
+    figure = new_figure(
+        f"learning curves: {runs[0].origin}",
+        "Above the training loss, below the validation accuracy of each run by epoch.",
+        6.4,
+    )
     loss_ax, accuracy_ax = figure.subplots(2)
     loss_ax.set_prop_cycle(STYLES)
     accuracy_ax.set_prop_cycle(STYLES)
     for run in runs:
         epochs = run.history["epoch"]
-        some = max(1, len(epochs) // 8)  # a marker at each epoch would hide the line
-        loss_ax.plot(epochs, run.history["train_loss"], markevery=some)
-        accuracy_ax.plot(epochs, run.history["valid_acc"], markevery=some, label=run.label)
+        # A marker at each epoch would hide the line.
+        loss_ax.plot(epochs, run.history["train_loss"], markevery=20)
+        accuracy_ax.plot(epochs, run.history["valid_acc"], markevery=20, label=run.label)
     # Losses of different kinds cannot be compared, hence the hint.
     loss_ax.set(ylabel="training loss (each its own)", yscale="log")
     accuracy_ax.set(xlabel="epoch", ylabel="validation accuracy")
@@ -3512,32 +3438,18 @@ def plot_history(runs):
 
 
 @illustration()
-def plot_loss_terms(run, loss_weights=loss_weights):
-    """The weights of the loss terms of a Run with a teacher, and below what each adds to the loss.
+def plot_loss_weights(cfg, loss_weights=loss_weights):
+    """How the weights of the loss terms move: ce (labels), kl (soft labels) and align.
 
-    The terms are those of log.csv: ce, kl (T^2 KL) and align. loss_weights: your own, where the run
-    was trained with it.
+    loss_weights: your own in place of this module's.
     """
-    history = run.history.set_index("epoch")
-    rows = []
-    for epoch in history.index:
-        kd, alpha, align = loss_weights(run.cfg, epoch / run.cfg.n_epochs)
+    rows = {}
+    for progress in np.linspace(0, 1, 11).round(1):
+        kd, alpha, align = loss_weights(cfg, progress)
         # kd * [alpha T^2 KL + (1 - alpha) CE] + align * alignment, term by term.
-        rows.append({"ce": kd * (1 - alpha), "kl": kd * alpha, "align": align})
-    weights = pd.DataFrame(rows, history.index)
-    # A term that the loss does not have is missing in the log, or empty.
-    parts = (weights * history).dropna(axis=1)
-    figure = new_figure(
-        f"loss of {run.label}: {run.origin}",
-        "Above the weight of each term by epoch, below the weight times the term.",
-        5.6,
-    )
-    upper, lower = figure.subplots(2)
-    styles = ["-", "--", ":"]
-    weights[parts.columns].plot(ax=upper, style=styles, legend=False, ylabel="weight")
-    parts.plot(ax=lower, style=styles, ylabel="weight x term")
-    history["train_loss"].plot(ax=lower, color="black", legend=True)
-    return figure
+        rows[progress] = {"ce": kd * (1 - alpha), "kl": kd * alpha, "align": align}
+    title = f"weights of the loss terms of {cfg.exp_name}"
+    return plot_lines(pd.DataFrame(rows).T, title, "weight", xlabel="part of the training")
 
 
 def confusion_matrix(labels, classes):
@@ -3563,7 +3475,6 @@ def plot_confusion(labels, classes, origin):
     # Half of the colours: on the darker half black letters could not be read.
     ax.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=2)
     for true, predicted in counts.nonzero().tolist():
-        # x is the column, the predicted class; y the row, the true one.
         ax.text(predicted, true, counts[true, predicted].item(), ha="center", va="center")
     ax.set_xticks(range(NUM_CLASSES), CLASS_NAMES, rotation=45, ha="right")
     ax.set_yticks(range(NUM_CLASSES), CLASS_NAMES)
@@ -3594,11 +3505,10 @@ def score_columns(correct, above=None):
 
 
 @illustration()
-def stage_table(runs, guesses=None):
+def stage_table(runs):
     """A DataFrame with a row per Run: accuracy on validation, parameters, epochs, seconds.
 
     The difference is to the row above. A run without a validation score has gaps.
-    guesses: {stage: accuracy guessed before it ran}, which become a column.
     """
     rows = []
     above = None
@@ -3611,8 +3521,6 @@ def stage_table(runs, guesses=None):
             "epochs": len(run.history),
             "seconds": round(run.history["seconds"].sum()),
         }
-        if guesses:
-            row["guess"] = guesses.get(run.name, "none")
         rows.append(row)
         above = run.correct
     return pd.DataFrame(rows).set_index("stage")
@@ -3632,24 +3540,7 @@ def accuracy_table(labels, predictions, caption):
     return pd.DataFrame(rows).set_index(caption)
 
 
-def temperature_table(cfg, temperatures, data, teacher, device, n_epochs=10):
-    """A DataFrame of validation accuracies of short trainings that differ in temperature alone.
-
-    Nothing is written.
-    """
-    train, valid = build_loaders(cfg, data, device)
-    n_epochs = min(n_epochs, cfg.n_epochs)
-    classes = {}  # {temperature: predicted classes (N,)}
-    for temperature in temperatures:
-        short = replace(cfg, temperature=temperature, n_epochs=n_epochs)
-        net = build_student(cfg)  # the same first weights each time
-        fit(DistillLoss(short, net, teacher).on(device), train, valid)
-        logits, labels = predict_logits(net, valid)
-        classes[temperature] = logits.argmax(1)
-    return accuracy_table(labels, classes, "temperature")
-
-
-# --- classes that the student never sees ----------------------------------------------------------
+# --- classes that the student never sees ---
 
 
 def missing_class_table(
@@ -3676,11 +3567,11 @@ def missing_class_table(
         own = replace(own, seed=cfg.seed + seed)
         loss_fn = DistillLoss(own, build_student(own), teacher).on(device)
         fit(loss_fn, BatchLoader(split, own, device, train=True))
-        logits, labels = predict_logits(loss_fn.student, valid)
-        right = (logits.argmax(1) == labels).double()
+        answers = predict_logits(loss_fn.student, valid)[0].argmax(1)
         row = {"trained with": way}
         for label in classes:
-            row[CLASS_NAMES[label]] = right[labels == label].mean().item()
+            of_class = answers[valid.split.labels == label]
+            row[CLASS_NAMES[label]] = (of_class == label).double().mean().item()
         rows.append(row)
     return pd.DataFrame(rows).groupby("trained with", sort=False).mean().round(3)
 
@@ -3702,7 +3593,7 @@ def without_classes(split, classes, teacher, device):
     )
 
 
-# --- pruning --------------------------------------------------------------------------------------
+# --- pruning ---
 
 
 def prune_unstructured(model, ratio):
@@ -3734,8 +3625,8 @@ def prune_structured(model, ratio):
         keep = norms.topk(math.ceil((1 - ratio) * len(norms))).indices
         # What has an entry for each inner channel in its first dimension.
         norm = block.bn1
-        by_channel = (block.conv1.weight, norm.weight, norm.bias, norm.running_mean)
-        for tensor in (*by_channel, norm.running_var):
+        statistics = (norm.running_mean, norm.running_var)
+        for tensor in (block.conv1.weight, *norm.parameters(), *statistics):
             # Through .data: a parameter stays the same object while its shape changes.
             tensor.data = tensor.data[keep]
         # The second convolution reads the inner channels: (out, inner, 3, 3).
@@ -3771,21 +3662,21 @@ def pruning_table(model, loader, ratios=(0.0, 0.2, 0.4, 0.6, 0.8)):
     return pd.DataFrame(rows).pivot(index="pruning ratio", columns="pruning").round(3)
 
 
-# --- where an epoch's time goes -------------------------------------------------------------------
+# --- where an epoch's time goes ---
 
 
 @illustration()
-def epoch_parts(cfg, loader, device, batches=3):
+def epoch_parts(cfg, loader, device):
     """The seconds of an epoch: {"waiting for pictures": s, "training on them": s}.
 
-    Scaled up from some batches after the first, which pays for start-up. Teacher and student are
+    Scaled up from three batches after the first, which pays for start-up. Teacher and student are
     untrained: what they know does not change their speed.
     """
     loss_fn = DistillLoss(cfg, build_student(cfg), build_student(TEACHER_CONFIG)).on(device)
     state = TrainState(loss_fn)
     moments = [clock(device)]
     with images_on_gpu(loader):
-        for images, labels, *_ in itertools.islice(loader, batches + 1):
+        for images, labels, *_ in itertools.islice(loader, 4):
             moments.append(clock(device))
             images = to_device(images, device, loss_fn.dtype)
             loss = loss_fn(images, labels.to(device)).loss
@@ -3826,8 +3717,8 @@ def run_command(args):
 
 def parse_setting(text):
     """("key", value) from KEY=VALUE; lists are 64,128,256 and () is empty."""
-    name, sign, value = text.partition("=")
-    if not sign or name not in vars(SIMPLE):
+    name, _, value = text.partition("=")
+    if name not in vars(SIMPLE):
         raise UserError(f"--set {text}: write KEY=VALUE; the keys are {', '.join(vars(SIMPLE))}")
     with contextlib.suppress(ValueError, SyntaxError):  # a text stays one
         value = ast.literal_eval(value)
@@ -3843,7 +3734,7 @@ def evaluate_command(args):
     images = load_data(data, "validation", "eval", cfg.image_size)
     device = pick_device()
     score = evaluate(student.to(device), BatchLoader(images, cfg, device))
-    print(f"validation accuracy {plus_minus(score['valid_acc'], score['n'])}, {score['n']} images")
+    print(f"validation accuracy {plus_minus(score['valid_acc'], score['n'])}")
 
 
 def predict_command(args):
@@ -3856,7 +3747,8 @@ def predict_command(args):
 
 def validate_command(args):
     """Is a CSV what Kaggle takes?"""
-    print(f"{args.csv}: {validate_submission(args.csv, args.rows)} rows, valid")
+    ids = [f"{i:04d}" for i in range(args.rows)]
+    print(f"{args.csv}: {validate_submission(args.csv, ids)} rows, valid")
 
 
 def build_parser():
@@ -3865,7 +3757,7 @@ def build_parser():
     commands = parser.add_subparsers(required=True)
 
     def command(name, function):
-        added = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
+        added = commands.add_parser(name, help=function.__doc__)
         added.set_defaults(function=function)
         return added
 

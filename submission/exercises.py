@@ -11,7 +11,6 @@ import math
 import os
 import traceback
 from collections import namedtuple
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -759,7 +758,7 @@ class Answers:
     """
 
     def __init__(self, out=None):
-        self.out = Path(out or h.default_out()) / "exercises"
+        self.out = h.out_folder(out) / "exercises"
         self.own = {}  # name of an exercise -> the right answer
         self.guesses = {}  # name of a stage -> guessed validation accuracy
         self.runs = {}  # name of a stage -> (the names of the answers that it trained with, Run)
@@ -836,10 +835,6 @@ class Answers:
                 print("Your student has no layer1, layer2, layer3: the reference trains here.")
                 del own["student"]
         return own
-
-    def stage_table(self, runs):
-        """`h.stage_table` with the guesses."""
-        return h.stage_table(runs, self.guesses)
 
     def plot_soft_labels(self, *arguments):
         """`h.plot_soft_labels`, drawn with the learner's soft_labels if they are right."""

@@ -48,7 +48,6 @@ its earlier run is put aside."""
 SAYS = {
     'LENGTH = "full"  # or "lesson", or "quick"': 'LENGTH = "quick"  # or "lesson", or "full"',
     "h.run_stage(": "mine.run_stage(",
-    "h.stage_table(": "mine.stage_table(",
     "h.plot_soft_labels(": "mine.plot_soft_labels(",
 }
 # What solutions use of helpers.py that the learner has not written.

@@ -21,6 +21,11 @@ from PIL import Image  # noqa: E402
 import helpers as h  # noqa: E402
 
 
+def ids(n):
+    """The homework's names of n evaluation images."""
+    return [f"{i:04d}" for i in range(n)]
+
+
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch, tmp_path_factory):
     """No variable of the caller's machine reaches a test; the cache is shared by a test run and

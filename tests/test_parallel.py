@@ -7,7 +7,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from conftest import same, settings_of, without_seconds
+from conftest import ids, same, settings_of, without_seconds
 from test_training import made_up
 
 import helpers as h
@@ -94,7 +94,7 @@ def test_a_notebooks_processes_leave_the_run_that_torchrun_leaves(
     assert same(without_seconds(folder.path), theirs)
     assert same(h.copy_of_weights(loss_fn.student), theirs["best"])
     # Only the first of two writes and speaks.
-    assert h.validate_submission(out / "submission.csv", 5) == 5
+    assert h.validate_submission(out / "submission.csv", ids(5)) == 5
     assert by_torchrun[1].count("medium has the best") == 1
 
 
@@ -111,14 +111,21 @@ RAISED = torch.multiprocessing.ProcessRaisedException("...\nhelpers.UserError: t
 
 @pytest.mark.parametrize(
     ("end", "error", "words"),
-    [(RAISED, h.UserError, "^too hot$"), ([None], KeyboardInterrupt, "^$")],
+    [
+        (RAISED, h.UserError, "^too hot$"),
+        (KeyboardInterrupt, KeyboardInterrupt, "^$"),  # the button reached this process
+        ([True], KeyboardInterrupt, "^$"),  # it reached the others
+    ],
 )
 def test_the_end_of_the_processes_is_the_notebooks_too(
     end, error, words, trained, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(torch.multiprocessing, "spawn", MagicMock(side_effect=end))
+    started = MagicMock(processes=[MagicMock(), MagicMock()])
+    started.join.side_effect = end
+    monkeypatch.setattr(torch.multiprocessing, "spawn", lambda *args, **options: started)
     with pytest.raises(error, match=words):
         h.fit_on_all(*prepared_medium(trained, tmp_path), 2)
+    assert all(process.terminate.called for process in started.processes)
 
 
 if __name__ == "__main__":

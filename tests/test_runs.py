@@ -10,7 +10,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import draw_food, same, save_picture, without_seconds
+from conftest import draw_food, ids, same, save_picture, without_seconds
 from torch import nn
 
 import helpers as h
@@ -112,7 +112,7 @@ def test_the_same_pictures_elsewhere_are_the_same_run_and_new_ones_are_predicted
     trains_no_more()
     save_picture(root / "Food-11/evaluation/0005.jpg", 33)
     run = stage(root.rename(root.with_name("moved")))
-    assert h.validate_submission(run.csv, 6) == 6
+    assert h.validate_submission(run.csv, ids(6)) == 6
 
 
 # --- an attached Kaggle run -----------------------------------------------------------------------
@@ -249,12 +249,12 @@ def test_reloading_the_module_does_no_harm(root, out, tmp_path, monkeypatch):
 def test_a_trained_teacher_is_found_once_it_is_finished(root, out, monkeypatch):
     monkeypatch.setitem(h.NETS, "resnet18", h.NETS["sample"])  # which is faster
     data = h.read_folder(root / "Food-11")
-    cfg = h.replace(h.TEACHER_CONFIG, **SMALL)
+    monkeypatch.setattr(h, "TEACHER_CONFIG", h.replace(h.TEACHER_CONFIG, **SMALL))
     with monkeypatch.context() as patch, pytest.raises(h.UserError, match="not finished"):
         patch.setattr(h, "time_is_up", lambda cfg, history: True)
-        h.train_teacher(data, out, cfg)
+        h.train_teacher(data, out)
     assert h.find_teacher(data, out=out) is None
-    path = h.train_teacher(data, out, cfg)
+    path = h.train_teacher(data, out)
     assert h.find_teacher(data, out=out).source == str(path)
     assert same(h.load_file(path), h.load_file(out / "teacher/student_best.ckpt"))
 

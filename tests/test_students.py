@@ -111,7 +111,6 @@ def test_weights_are_the_file_or_one_of_its_values_under_any_prefix(tmp_path, wr
 @pytest.mark.parametrize(
     ("wrap", "words"),
     [
-        (lambda state: under("a.", state) | under("b.", state), "it holds 2 such nets: save one"),
         (lambda state: {"net": state | {"4.bias": torch.ones(9)}}, "size mismatch for 4.bias"),
         (lambda state: [1, 2], "dict"),
     ],

@@ -24,7 +24,7 @@ def tiny_net(cfg):
 
 @pytest.fixture(autouse=True)
 def _a_tiny_net_among_nets(monkeypatch):
-    monkeypatch.setitem(h.NETS, "tiny", tiny_net)
+    monkeypatch.setitem(h.NETS, "sample", tiny_net)
 
 
 def made_up(name, n, side=40):
@@ -37,7 +37,7 @@ def made_up(name, n, side=40):
 
 def prepared(stage="simple", **settings):
     """(DistillLoss, training loader, validation loader): 22 and 11 pictures, three steps."""
-    small = {"image_size": 40, "batch_size": 8, "n_epochs": 3, "student": "tiny", "amp": "off"}
+    small = {"image_size": 40, "batch_size": 8, "n_epochs": 3, "student": "sample", "amp": "off"}
     cfg = h.get_config(stage, **(small | settings))
     split = made_up("training", 22, side=46 if cfg.crop_scale else 40)
     train = h.BatchLoader(split, cfg, CPU, train=True)
@@ -63,7 +63,7 @@ def test_the_learning_rate_warms_up_and_then_stays_or_falls_to_zero():
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
 def test_an_epoch_of_one_step_is_torchs_own_with_clipped_gradients(kind):
     how = {"lr": 0.1, "weight_decay": 0.2}
-    own = {"student": "sample", "optimizer": kind.__name__.lower(), "grad_norm_max": 1e-6}
+    own = {"student": "ir", "optimizer": kind.__name__.lower(), "grad_norm_max": 1e-6}
     loss_fn, train, _ = prepared(batch_size=64, **own, **how)
     reference = h.build_student(loss_fn.cfg)
     batch = next(iter(train))

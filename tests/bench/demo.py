@@ -2,7 +2,7 @@
 
     python tests/bench/demo.py [--seeds 3] [--out FOLDER]
 
-For each seed (of the drawing and of all trainings) the teacher and the stages are trained as the
+For each seed (of the drawings and the stages) the teacher and the stages are trained as the
 notebook does it. Prints a table: validation accuracies, and differences with their paired standard
 errors. It measures the demo set, and no recipe.
 """
@@ -18,14 +18,13 @@ def train_all(seed, work):
     """{net: which validation images it answers rightly (N,)}, stages and teacher, for one seed."""
     data = h.make_demo_data(seed)
     training_seed = h.SIMPLE.seed + seed
-    cfg = h.replace(h.TEACHER_CONFIG, **h.DEMO_TEACHER_SETTINGS, seed=training_seed)
-    checkpoint = h.train_teacher(data, work, cfg)
+    checkpoint = h.train_teacher(data, work)
     correct = {}
     for run in h.run(data, teacher_path=checkpoint, out=work, seed=training_seed):
         correct[run.name] = run.correct
-    labels = h.load_data(data, "validation", "eval", cfg.image_size).labels
+    labels = h.load_data(data, "validation", "eval", run.cfg.image_size).labels
     teacher = h.load_teacher(checkpoint)
-    classes = h.predict(teacher, data, cfg, "cpu", "validation", views=1)
+    classes = h.predict(teacher, data, run.cfg, "cpu", "validation", views=1)
     correct["teacher"] = classes == labels
     return correct
 

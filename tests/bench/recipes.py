@@ -50,19 +50,20 @@ BUDGET = ("epochs", "size", "teacher_size", "views", "scored", "amp")  # columns
 class EnlargingTeacher(torchvision.models.ResNet):
     """The teacher, looking at pictures enlarged to `size` px: (B, 3, H, W) -> logits (B, 11).
 
-    One trained at 224 px answers badly on small pictures. It runs in bf16. The size is a buffer, so
-    that its checksum, the key of stored logits, tells it from the teacher.
+    One trained at 224 px answers badly on small pictures. It runs under autocast to `dtype`. The
+    size is a buffer, so that its checksum, the key of stored logits, tells it from the teacher.
     """
 
-    def __init__(self, teacher, size):
+    def __init__(self, teacher, size, dtype):
         block = torchvision.models.resnet.BasicBlock
         super().__init__(block, [2, 2, 2, 2], h.NUM_CLASSES)
         self.load_state_dict(teacher.state_dict())
         self.register_buffer("size", torch.tensor(size))
+        self.dtype = dtype
 
     def forward(self, x):
         x = F.interpolate(x.float(), int(self.size), mode="bicubic", align_corners=False)
-        with torch.autocast(x.device.type, torch.bfloat16):
+        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype is not None):
             return super().forward(x)
 
 
@@ -71,7 +72,8 @@ def load_ring_teacher(args, data, device):
     teacher = h.load_teacher(data.teacher_path, device)
     if args.teacher_size == args.size:
         return teacher
-    larger = h.freeze(EnlargingTeacher(teacher, args.teacher_size))
+    dtype = h.amp_dtype(torch.device(device), args.amp)
+    larger = h.freeze(EnlargingTeacher(teacher, args.teacher_size, dtype))
     return h.to_device(larger, device)
 
 
@@ -280,18 +282,20 @@ def train_all(args, data, teacher, device):
     """Train the recipes that have no row yet, seed by seed; store each row and its CSVs."""
     cfg = h.Config(image_size=args.size)
     labels = h.load_data(data, "validation", "eval", args.size).labels
-    teachers = answers_of(teacher, data, cfg, device, "validation")
-    print("the teacher:", scores(teachers, labels, teachers["one"]), flush=True)
+    teachers = {}  # its answers, asked for when the first training has ended
     for seed, name in itertools.product(args.seeds, args.names):
         rows, fits = stored_rows(args)
         if (fits & (rows["recipe"] == name) & (rows["seed"] == seed)).any():
-            print(f"{name}, seed {seed}: its row is stored already", flush=True)
+            print(f"{name}, seed {seed}: its row is stored already")
             continue
         net, cfg, history, cpu_seconds = train(name, args, seed, data, teacher, device)
         row = {"recipe": name, "seed": seed}
         for column in BUDGET:
             row[column] = getattr(args, column)
         if args.scored != "both":  # which has no image left to be scored on
+            if not teachers:
+                teachers = answers_of(teacher, data, cfg, device, "validation")
+                print("the teacher:", share(teachers["one"], labels))
             answers = answers_of(net, data, cfg, device, "validation")
             path = work_folder(name, args, seed) / "answers.pt"
             h.save_checkpoint({**answers, "labels": labels}, path)
