@@ -2609,9 +2609,9 @@ def six_views(student, eval_loader, whole_loader):
     The views are the evaluation crop, two other scales of it, and the mirror images of all three.
     eval_loader, whole_loader: BatchLoaders of one split in either form, in equal batches.
     """
-    aspects = whole_loader.split.aspects.to(whole_loader.device)
+    aspects = whole_loader.split.aspects
     # (N, 1, 2, 3): a way to the source and no frame, so `warp` blackens nothing.
-    crops = [centre_crops(aspects, scale) for scale in VIEW_SCALES]
+    crops = [centre_crops(aspects, scale).to(whole_loader.device) for scale in VIEW_SCALES]
     size = whole_loader.cfg.image_size
     parts = []
     with evaluation_mode(student):
