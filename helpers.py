@@ -2252,7 +2252,7 @@ class EpochSums:
         step = {
             "train_loss": out.loss.detach() * n,
             "train_acc": correct,
-            "n": torch.ones_like(labels).sum(),
+            "n": torch.tensor(n),
         }
         step |= {name: term * n for name, term in out.terms.items()}
         for name, total in step.items():
