@@ -405,7 +405,9 @@ class Config:
 
     # The student. The sample net has no settings; widths, depths and strides of the others have
     # one entry per layer.
-    student: str = setting("sample", "the net", choices=("sample", "ir", "resnet18"))
+    student: str = setting(
+        "sample", "sample, ir (inverted residuals), resnet18", choices=("sample", "ir", "resnet18")
+    )
     stem_width: int = setting(48, "channels after the stem")
     widths: tuple = setting((64, 128, 256), "channels of layer1, layer2, ...")
     depths: tuple = setting((1, 1, 1), "blocks in each layer")
@@ -678,9 +680,10 @@ class FoodData:
 
     def describe(self):
         """What the pictures are, where, and which teacher is with them."""
+        if self.is_demo:
+            return DEMO_WARNING
         teacher = self.teacher_path or f"no {TEACHER_FILE} is with them"
-        text = f"{self.origin}: {self.root}. Teacher: {teacher}."
-        return f"{DEMO_WARNING}\n{text}" if self.is_demo else text
+        return f"{self.origin}: {self.root}. Teacher: {teacher}."
 
 
 def plain(name):
@@ -2463,7 +2466,8 @@ def train_epochs(state, train_loader, valid_loader, stored, folder):
             best, since = best_so_far(state.history)
             if since == 0:
                 state.best = copy_of_weights(loss_fn.student)
-            bar.set_postfix(loss=row["train_loss"], valid=row["valid_acc"], best=best)
+            shown = {"valid": row["valid_acc"], "best": best} if valid_loader else {}
+            bar.set_postfix(shown, loss=row["train_loss"])
             if folder:
                 folder.save(state)
             barrier()
@@ -2666,7 +2670,7 @@ def validate_submission(path, ids):
     try:
         rows = pd.read_csv(path, dtype=str, keep_default_na=False)
     except ValueError as error:  # empty, binary, or of rows of other lengths
-        raise UserError(f"{path} is no CSV: {error}") from None
+        raise UserError(f"{path} is no CSV: {str(error).strip()}") from None
     # Rows that are longer than the header make their first field the index.
     if list(rows) != ["Id", "Category"] or not isinstance(rows.index, pd.RangeIndex):
         raise UserError(f"{path}, row 1: the header is {some_of(list(rows))}, not Id,Category")

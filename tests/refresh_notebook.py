@@ -75,7 +75,7 @@ def clean_outputs(outputs):
     for output in kept:
         if output.output_type == "stream":
             output.text = clean_text(output.text)
-    return kept
+    return [output for output in kept if output.get("text", "...").strip()]
 
 
 def clean_text(text):
@@ -87,7 +87,6 @@ def clean_text(text):
         if line.startswith("decode "):
             continue
         line = re.sub(r"<00:00, ", ", ", line)  # nothing is left to wait for
-        line = re.sub(r" in \S*cache/[^\s:;]+", "", line)
         lines.append(re.sub(r"/tmp/[^\s,:;]+", "this folder", line))
     return "\n".join(lines)
 

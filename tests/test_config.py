@@ -40,11 +40,6 @@ def test_the_stages_have_their_published_values():
     )
 
 
-def test_which_stages_ask_for_a_teacher():
-    assert [name for name, cfg in h.STAGES.items() if not cfg.needs_teacher] == ["simple"]
-    assert not h.get_config("medium", alpha=0.0).needs_teacher
-
-
 @pytest.mark.parametrize(
     ("length", "simple", "boss", "demo"),
     [("full", 10, 600, 40), ("lesson", 10, 60, 10), ("quick", 4, 6, 4)],

@@ -134,15 +134,6 @@ def test_ids_are_the_names_in_their_order_and_counts_say_what_is_there(food):
 # --- one picture ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "kind", ["jpg L", "jpg CMYK", "png P", "png RGBA", "png LA", "png 1", "webp RGB", "gif P"]
-)
-def test_every_kind_of_picture_is_pillows_in_rgb(tmp_path, kind):
-    ending, mode = kind.split()
-    path = save_picture(tmp_path / f"a.{ending}", 3, mode=mode)
-    assert h.open_image(path) == Image.open(path).convert("RGB")
-
-
 def test_a_turn_that_a_camera_notes_is_undone(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter, clockwise

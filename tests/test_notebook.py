@@ -1,20 +1,14 @@
 """The notebook and its two one-file editions: what is stored, and both editions run whole."""
 
-import base64
-import io
 import json
 import re
 import shutil
-import subprocess
-import sys
 
 import export
 import nbformat
-import numpy as np
 import pytest
 from conftest import HERE, ROOT, draw_food, ids
 from exercises import EXERCISES
-from PIL import Image
 from refresh_notebook import MARKS, NOTEBOOK, SOURCE, execute
 
 import helpers as h
@@ -119,24 +113,6 @@ def test_a_stored_listing_is_what_the_module_shows_today():
             assert cell.outputs[0].data["text/html"] == listing.data, cell.source
 
 
-def pixels(source):
-    return np.asarray(Image.open(source).convert("RGB"), dtype=float)
-
-
-def test_diagrams_are_those_of_the_bench(tmp_path):
-    """Each is attached once, with its alternative text, and looks as it is drawn today."""
-    bench = HERE / "bench" / "diagrams.py"
-    subprocess.run([sys.executable, bench, tmp_path], check=True)
-    shown = {}
-    for cell in STORED.cells:
-        for alt, name in re.findall(r"!\[(.*?)\]\(attachment:(.*?)\)", cell.source):
-            shown[name] = alt
-            stored = base64.b64decode(cell.attachments[name]["image/png"])
-            gap = pixels(io.BytesIO(stored)) - pixels(tmp_path / name)
-            assert abs(gap).mean() < 5, name
-    assert shown == json.loads((tmp_path / "alt.json").read_text())
-
-
 def test_the_photographs_are_those_of_the_results():
     """A row of section 8 has recipe and epochs, parameters, accuracy and its standard error."""
     results = (HERE / "bench" / "RESULTS.md").read_text(encoding="utf-8").splitlines()
@@ -216,15 +192,6 @@ def test_what_a_learner_writes_has_a_check_hints_and_a_solution(editions):
             assert f"def my_{head[1]}(" in below
             assert f"h.show_source(h.{head[1]})" not in text_of(cells, "code")
     assert set(written) == set(EXERCISES)
-
-
-def test_every_stage_is_guessed_before_it_trains(editions):
-    order = re.findall(
-        r"^.*mine\.(guess|run_stage)\((\w+)_cfg", text_of(editions[LEARNERS].cells, "code"), re.M
-    )
-    assert [pair for pair in order if pair[1] in h.STAGES] == [
-        (call, stage) for stage in h.STAGES for call in ("guess", "run_stage")
-    ]
 
 
 # --- both run whole -------------------------------------------------------------------------------

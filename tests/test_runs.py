@@ -91,14 +91,6 @@ def test_quick_then_full_then_quick_trains_each_once(root, out, trains_no_more):
         assert (out / "simple.csv").read_bytes() == wanted["predictions.csv"]
 
 
-def test_of_two_that_were_put_aside_the_longer_comes_back(root, out, trains_no_more):
-    """The shorter one went aside where an attached run was longer."""
-    trains_no_more()
-    (root / "half").rename(out / "simple.1")
-    (out / "simple").rename(out / "simple.2")
-    assert len(stage(root).history) == 2
-
-
 @pytest.mark.parametrize("split", ["training", "validation"])
 def test_another_picture_under_the_same_name_is_another_run(root, out, split):
     save_picture(root / f"Food-11/{split}/7_0.jpg", 4321)
@@ -145,13 +137,6 @@ def test_of_an_own_and_an_attached_run_the_longer_wins(root, out, own_is_longer,
     assert len(stage(root).history) == 2
     stage(root)  # and now they are equal, or the own one is longer
     assert names(out, "simple.[0-9]") == ([] if own_is_longer else ["simple.1"])
-
-
-def test_an_attached_run_with_other_settings_is_ignored(root, out, capsys):
-    attach(root, "out/simple")
-    assert len(stage(root, n_epochs=1).history) == 1
-    assert names(out, "simple.[0-9]") == []
-    assert "n_epochs 2, now 1" in capsys.readouterr().out
 
 
 # --- what a run leaves ----------------------------------------------------------------------------
@@ -257,22 +242,3 @@ def test_a_trained_teacher_is_found_once_it_is_finished(root, out, monkeypatch):
     path = h.train_teacher(data, out)
     assert h.find_teacher(data, out=out).source == str(path)
     assert same(h.load_file(path), h.load_file(out / "teacher/student_best.ckpt"))
-
-
-class Answers(nn.Module):
-    """A teacher that gives these answers, whatever it sees."""
-
-    def __init__(self, classes):
-        super().__init__()
-        self.logits = nn.Parameter(F.one_hot(classes, h.NUM_CLASSES).float(), False)
-
-    def forward(self, x):
-        return self.logits[: len(x)]
-
-
-@pytest.mark.parametrize("n_right", [11, 5, 1])
-def test_a_teacher_is_introduced_and_loudly_near_chance(root, capsys, n_right):
-    split = h.load_data(h.read_folder(root / "Food-11"), "validation", "eval", 40)
-    classes = (split.labels + (torch.arange(11) >= n_right)) % h.NUM_CLASSES
-    assert h.introduce_teacher(Answers(classes), split) == pytest.approx(n_right / 11)
-    assert ("NO BETTER THAN CHANCE" in capsys.readouterr().out) is (n_right == 1)
