@@ -1379,7 +1379,7 @@ class BatchLoader:
             # From pinned memory the copy runs while the GPU computes.
             images = self.images[rows].pin_memory().to(self.device, non_blocking=True)
         if self.train and self.cfg.crop_scale:
-            # (B, 3, side, side) uint8, the whole pictures -> (B, 3, S, S), the crops.
+            # Whole pictures (B, 3, side, side) -> crops (B, 3, S, S).
             images = warp(images, draw[rows_there], self.cfg.image_size)
         elif self.train:
             mirrored = draw[rows_there, None, None, None]  # (B, 1, 1, 1) bool
@@ -1419,7 +1419,6 @@ def images_on_gpu(*loaders):
     The other half is for weights, feature maps and the teacher. A loader that outlives its stage,
     as a notebook's does, must not hold gigabytes.
     """
-    # A DataLoader, or None for no validation, has no images to move.
     ours = [loader for loader in loaders if isinstance(loader, BatchLoader)]
     try:
         for loader in ours:
@@ -3548,7 +3547,7 @@ def accuracy_table(labels, predictions, caption):
 
 
 def missing_class_table(
-    cfg, data, teacher, device, classes=(9, 3), temperatures=(1, 4, 10), n_epochs=20, seeds=1
+    cfg, data, teacher, device, classes=(9, 3), temperatures=(1, 4, 20), n_epochs=40, seeds=1
 ):
     """How well a student knows classes that it has never seen, if its teacher knows them.
 
