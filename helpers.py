@@ -2933,7 +2933,7 @@ class RunFolder:
         try:
             saved = load_file(folder / LAST)
             different = differences(saved["facts"], self.facts)
-        except (UserError, KeyError, TypeError) as error:
+        except (UserError, KeyError, TypeError, AttributeError) as error:
             return None, [f"no run can be read: {error}"]
         return None if different else saved, different
 
