@@ -32,7 +32,7 @@ SECTIONS = {
 }
 PARTS = {
     "helpers.py": (15_000, [MODULE]),
-    "submission/exercises.py": (3_520, [ROOT / "submission" / "exercises.py"]),
+    "submission/exercises.py": (2_300, [ROOT / "submission" / "exercises.py"]),
     "submission/export.py": (450, [ROOT / "submission" / "export.py"]),
     "tests": (20_000, sorted(TESTS.glob("*.py"))),
     "tests/bench": (8_000, sorted((TESTS / "bench").glob("*.py"))),
