@@ -200,6 +200,7 @@ def ask_loss_fn_kd(answer):
     logits = 3 * made_up(2, 6, h.NUM_CLASSES)
     for (alpha, temperature), advice in KD_CASES.items():
         seen = kd_gradient(answer, alpha, temperature, logits)
+        # (66, 2): what they should be made of, labels' loss and soft loss.
         losses = torch.stack(
             [kd_gradient(h.loss_fn_kd, end, temperature, logits) for end in (0.0, 1.0)], -1
         )
@@ -207,7 +208,7 @@ def ask_loss_fn_kd(answer):
         fitted = losses @ weights
         case = f"alpha = {alpha:g}, temperature = {temperature:g}"
         yield f"a sum of labels' loss and soft loss at {case}", seen, fitted, advice
-        if alike(seen, fitted):
+        if alike(seen, fitted):  # else the weights mean nothing
             yield (
                 f"how many times labels' loss and soft loss count: at {case}",
                 [round(weight, 3) + 0.0 for weight in weights.tolist()],
@@ -276,7 +277,7 @@ def watch(loop, n_epochs, grad_norm_max):
     cfg = h.Config(
         lr=0.03, weight_decay=0.1, grad_norm_max=grad_norm_max, n_epochs=n_epochs, amp="off"
     )
-    student = h.build_student(cfg).to(LABELS.device).eval()
+    student = h.build_student(cfg).to(LABELS.device).eval()  # train() is the loop's to call
     loader = Batches(h.Batch(images, LABELS) for images in made_up(2, 6, 3, 40, 40))
     norms = [1.0]  # of each batch's gradient, as it should be
     steps = []
@@ -332,7 +333,7 @@ def ask_training_loop(answer):
 # --- the depthwise-separable block ----------------------------------------------------------------
 
 
-def worked_out(make_block, settings):
+def sizes_and_output(make_block, settings):
     """(sizes of its parameters, output (4, C, H, W)) of a block whose parameters are all 0.5.
 
     So it does not matter in which order and shape a block holds its parameters.
@@ -351,8 +352,8 @@ def ask_dwpw_conv(answer):
     Its parameters and what it computes decide, so that it may be written in any style.
     """
     for settings in ((8, 12), (8, 12, 5, 1, 2), (8, 12, 3, 2, 0), (8, 8, 3, 1, 1)):
-        sizes, output = worked_out(answer, settings)
-        right_sizes, wanted = worked_out(h.dwpw_conv, settings)
+        sizes, output = sizes_and_output(answer, settings)
+        right_sizes, wanted = sizes_and_output(h.dwpw_conv, settings)
         case = f"dwpw_conv{settings}"
         yield (
             f"how many numbers its parameters hold: {case}",
@@ -379,12 +380,12 @@ def ask_dwpw_conv(answer):
 
 # --- alignment and its schedule -------------------------------------------------------------------
 
-ONE = {"layer1": 1.0}
-PLAIN = nn.Identity()
+ONE_LAYER = {"layer1": 1.0}
+NO_ADAPTER = nn.Identity()
 DOWN = "Average it down to the size of the smaller (F.adaptive_avg_pool2d)."
 
 
-def aligned(answer, ours, theirs, weights=ONE, adapter=PLAIN):
+def aligned(answer, ours, theirs, weights=ONE_LAYER, adapter=NO_ADAPTER):
     """What an alignment gives.
 
     ours: the student's map in both layers. theirs: the teacher's layer1; its layer3 is twice that.
@@ -426,7 +427,7 @@ def ask_alignment(answer):
     wide = made_up(2, 6, 8, 8)
     yield (
         "adapters",
-        attempt(aligned, answer, ours, wide, ONE, adapter),
+        attempt(aligned, answer, ours, wide, ONE_LAYER, adapter),
         aligned(answer, adapter(ours), wide),
         "adapters[layer] takes the student's map, not the teacher's. The order of its arguments is "
         "student_maps, teacher_maps, weights, adapters.",
