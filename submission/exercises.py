@@ -278,7 +278,7 @@ def watch(loop, n_epochs, grad_norm_max):
         lr=0.03, weight_decay=0.1, grad_norm_max=grad_norm_max, n_epochs=n_epochs, amp="off"
     )
     student = h.build_student(cfg).to(LABELS.device).eval()  # train() is the loop's to call
-    loader = Batches(h.Batch(images, LABELS) for images in made_up(2, 6, 3, 40, 40))
+    loader = Batches(h.Batch(images, LABELS) for images in made_up(2, 6, 3, 24, 24))
     norms = [1.0]  # of each batch's gradient, as it should be
     steps = []
 

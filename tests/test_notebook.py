@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import export
 import nbformat
@@ -208,37 +209,19 @@ def solution_in(cell):
 
 
 def run_smaller(notebook, folder, kaggle):
-    """Run a notebook at 40 pixels in a folder where nothing else is."""
+    """Run a notebook at 40 pixels, on one thread, in a folder where nothing else is."""
     for cell in notebook.cells:
         if cell.source.endswith("import helpers as h"):
             cell.source += "\n" + SMALLER
     nbformat.write(notebook, folder / "notebook.ipynb")
     environment = {"HW13_FAST": "1", "HW13_STRICT": "1", "HW13_KAGGLE": str(kaggle)}
-    done, _ = execute("notebook.ipynb", folder, **environment)
+    done, _ = execute("notebook.ipynb", folder, OMP_NUM_THREADS="1", **environment)
     assert_ran_well(done)
     return done
 
 
-def test_the_kaggle_edition_runs_alone_on_a_mounted_input(editions, a_teacher, tmp_path):
-    """As on Kaggle: one file in the working folder, data and teacher in a read-only input."""
-    working = tmp_path / "working"
-    working.mkdir()
-    root = draw_food(tmp_path / "input" / "competitions" / h.COMPETITION / "Food-11")
-    shutil.copy(a_teacher, root)
-    for path in [*root.rglob("*"), root]:
-        path.chmod(0o555)
-    run_smaller(editions[KAGGLE], working, tmp_path)
-    for path in [root, *root.rglob("*")]:
-        path.chmod(0o755)  # so that pytest can remove them
-    names = {path.name for path in working.iterdir()}
-    assert {"helpers.py", "submission.csv", *h.STAGES} <= names
-    assert {f"{stage}.csv" for stage in h.STAGES} <= names
-    assert h.validate_submission(working / "submission.csv", ids(5)) == 5
-
-
-def test_the_solved_exercises_run_on_the_demo_set(editions, tmp_path):
-    """Every solution in its place, a guess before each stage: all are right, and train."""
-    notebook = editions[LEARNERS]
+def solve(notebook):
+    """Put every solution in its place, and a guess before each stage."""
     for number, cell in enumerate(notebook.cells):
         if "NotImplementedError  # TODO" in cell.source[-60:]:
             cell.source = solution_in(notebook.cells[number + 2])
@@ -246,9 +229,35 @@ def test_the_solved_exercises_run_on_the_demo_set(editions, tmp_path):
             take = cell.source.splitlines(keepends=True)[-3:]
             cell.source = solution_in(notebook.cells[number + 2]) + "".join(take)
         cell.source = cell.source.replace(", None)  # TODO", ", 0.5)  # TODO")
-    done = run_smaller(notebook, tmp_path, "/nowhere")
-    printed = "".join(output.get("text", "") for output in outputs(done))
+    return notebook
+
+
+def test_both_editions_run_alone(editions, a_teacher, tmp_path):
+    """At the same time: the Kaggle edition as on Kaggle, with data and teacher in a read-only
+    input, and the exercises edition, solved, on the demo set.
+    """
+    folders = (tmp_path / "working", tmp_path / "learner")
+    for folder in folders:
+        folder.mkdir()
+    root = draw_food(tmp_path / "input" / "competitions" / h.COMPETITION / "Food-11")
+    shutil.copy(a_teacher, root)
+    for path in [*root.rglob("*"), root]:
+        path.chmod(0o555)
+    notebooks = (editions[KAGGLE], solve(editions[LEARNERS]))
+    with ThreadPoolExecutor() as pool:
+        _, learners = pool.map(run_smaller, notebooks, folders, (tmp_path, "/nowhere"))
+    for path in [root, *root.rglob("*")]:
+        path.chmod(0o755)  # so that pytest can remove them
+
+    working, learner = folders
+    names = {path.name for path in working.iterdir()}
+    assert {"helpers.py", "submission.csv", *h.STAGES} <= names
+    assert {f"{stage}.csv" for stage in h.STAGES} <= names
+    assert h.validate_submission(working / "submission.csv", ids(5)) == 5
+
+    # Every answer is right, and trains.
+    printed = "".join(output.get("text", "") for output in outputs(learners))
     assert "Not yet" not in printed
     assert printed.count("guess 0.5, reached") == len(h.STAGES)
     assert "with your own student, loss_fn_kd, loss_weights, alignment" in printed
-    assert (tmp_path / "submission" / "submission_demo.csv").is_file()
+    assert (learner / "submission" / "submission_demo.csv").is_file()
