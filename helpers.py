@@ -1004,7 +1004,7 @@ def decode(files, split, form, image_size, path):
                 *progress_bar(made, desc=f"decode {split}", total=n), strict=True
             )
         bad = digests.count("")
-        if bad > max(1, 0.05 * n) or bad == n:
+        if bad == n or (bad > max(1, 0.05 * n) and split != "evaluation"):
             raise UserError(f"{bad} of {n} {split} images cannot be decoded: see above")
         images.flush()
         # An evaluation image's row must stay in the CSV.
