@@ -41,6 +41,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import types
 from collections import Counter, OrderedDict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -148,7 +149,7 @@ def illustration():
 @illustration()
 def show_source(function):
     """A function's source, as it runs, coloured, for a notebook."""
-    # Imported where it is used, for the command line needs no IPython.
+    # Here, for the command line needs no IPython.
     from IPython.display import HTML, Code
 
     code = Code(inspect.getsource(function), language="python")
@@ -164,13 +165,28 @@ def in_notebook():
 
 
 def progress_bar(iterable=None, **options):
-    """One plain tqdm bar of images with an ETA; off in all processes but the first."""
-    # Plain text in a notebook too, for widgets are lost when it is rendered. In a log file a line
-    # every half a minute.
-    file = sys.stdout if in_notebook() else sys.stderr
+    """One tqdm bar of images with an ETA; off in all processes but the first."""
+    file = cell_line() if in_notebook() else sys.stderr
+    # In a log file a line every half a minute.
     every = 1.0 if in_notebook() or file.isatty() else 30.0
     options |= {"file": file, "mininterval": every, "ncols": 110, "unit": "img"}
     return tqdm(iterable, disable=not is_first_process(), **options)
+
+
+def cell_line():
+    """A file for tqdm: a line below the cell, each state in place of the one before.
+
+    A rendered page would lack tqdm's widget, and have a line for each state of its plain bar.
+    """
+    from IPython.display import display
+
+    line = display({"text/plain": ""}, raw=True, display_id=True)
+
+    def write(text):
+        if text.strip():
+            line.update({"text/plain": text.strip()}, raw=True)
+
+    return types.SimpleNamespace(write=write)
 
 
 # --- files ---
@@ -599,8 +615,7 @@ def get_config(stage, length="full", demo=False, **overrides):
     if demo:
         cfg = replace(cfg, **DEMO_SETTINGS)
     fraction, at_least = LENGTHS[length]
-    # The minimum must not lengthen a stage that has fewer epochs.
-    n_epochs = min(cfg.n_epochs, max(at_least, round(fraction * cfg.n_epochs)))
+    n_epochs = max(at_least, round(fraction * cfg.n_epochs))
     return replace(cfg, **{"n_epochs": n_epochs, **overrides})
 
 
@@ -1017,7 +1032,7 @@ def usable_cpus():
     """How many CPUs this process may use: a container often has fewer than its machine."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return os.cpu_count()
 
 
 # --- the drawn demo set ---
@@ -1090,10 +1105,10 @@ def random_colour(rng):
 def make_demo_data(seed=0):
     """Draw the demo set (once, under the cache folder) in Food-11's layout; return its FoodData.
 
-    It exists so that the notebook runs on a machine without data, and shows there what the stages
-    are about: classes look alike, pictures with a label are few, three labels in ten are wrong, and
-    the teacher has learned from many more drawings with right ones. Its difficulty was chosen for
-    that alone, and its scores say nothing about Food-11. seed: another one draws other pictures.
+    It lets the notebook run on a machine without data, and shows there what the stages are about:
+    classes look alike, pictures with a label are few, three labels in ten are wrong, and the
+    teacher has learned from many more drawings with right ones. Its difficulty was chosen for that
+    alone, and its scores say nothing about Food-11. seed: another one draws other pictures.
     """
     per_class = FAST_DEMO_PICTURES if is_switched_on("HW13_FAST") else DEMO_PICTURES
     # In a folder of its own, for the teacher's pictures lie beside Food-11.
@@ -1776,7 +1791,6 @@ def load_teacher(path, device="cpu"):
     It is in eval mode, on `device`. Raises UserError where the file is no such teacher.
     """
     teacher = load_weights(build_student(TEACHER_CONFIG), path)
-    teacher.source = str(path)  # for `introduce_teacher`
     return to_device(freeze(teacher), device)
 
 
@@ -1828,7 +1842,7 @@ class StoredLogits:
         how = (str(dtype), loader.device.type, loader.world)
         key = fingerprint(teacher_key, split.ids, split.contents, shape, settings, how)
         path = cache_root() / f"teacher-{key}.npy"
-        # A cache belongs to a machine, whose first process makes the file.
+        # Each machine has a cache; its first process makes the file.
         if is_first_on_machine() and not path.is_file():
             with written_whole(path) as temporary, open(temporary, "wb") as file:
                 np.save(file, np.full(shape, np.nan, np.float32))
@@ -2365,7 +2379,7 @@ def paired_difference(correct, others_correct):
 
 
 def introduce_teacher(teacher, split, n_images=200):
-    """Say which teacher teaches, and its accuracy on some validation images: that accuracy.
+    """Say the teacher's accuracy on some validation images, and return it.
 
     split: validation in the `eval` form; n_images are taken at equal distances, so all classes are
     among them. It is said loudly where the teacher is no better than chance: trained on classes in
@@ -2380,8 +2394,7 @@ def introduce_teacher(teacher, split, n_images=200):
         raise UserError("the teacher cannot teach: its answers to validation images are not finite")
     accuracy = score["valid_acc"]
     n = len(rows)
-    source = getattr(teacher, "source", "the one handed in")
-    say(f"teacher: {source}; accuracy {plus_minus(accuracy, n)} on {n} validation images")
+    say(f"the teacher's accuracy is {plus_minus(accuracy, n)} on {n} validation images")
     # Chance: to answer always with the most frequent class. Two standard errors above it, a
     # teacher knows something.
     chance = labels.bincount().max().item() / n
@@ -2996,11 +3009,6 @@ class Run:
         return math.nan if self.correct is None else self.correct.double().mean().item()
 
     @property
-    def csv(self):
-        """The path of its CSV, which is there once it has an epoch."""
-        return self.folder / PREDICTIONS
-
-    @property
     def finished(self):
         """Whether it has had all its epochs, or `patience` has ended it."""
         return is_finished(self.history.to_dict("records"), self.cfg)
@@ -3084,14 +3092,15 @@ def carry_out(loss_fn, data, folder, views):
         if not history:
             say(f"{cfg.exp_name}: no CSV, for it has no epoch yet")
             return run
-        write_predictions(net, data, cfg, run.csv, loss_fn.device, views)
+        path = folder.path / PREDICTIONS
+        write_predictions(net, data, cfg, path, loss_fn.device, views)
         evaluation = load_data(data, "evaluation", "eval", cfg.image_size)
         if is_first_process():
             images = (folder.facts["data"], evaluation.contents, evaluation.ids)
             write_result(run, fingerprint(images))
             # Beside the folder too, where people look for it.
-            rows = run.csv.read_text(encoding="utf-8")
-            write_text(run.folder.with_name(f"{run.name}.csv"), rows)
+            rows = path.read_text(encoding="utf-8")
+            write_text(folder.path.with_name(f"{run.name}.csv"), rows)
     return run
 
 
@@ -3494,14 +3503,14 @@ def score_columns(correct, above=None):
     """One row of a table: an accuracy, and the difference to the row above; both with an error.
 
     correct, above: (N,) bool, which images the two nets answer rightly. A column is empty where
-    there is nothing to tell or to compare: no score, no row above, or one of other images.
+    there is nothing to tell or to compare.
     """
     row = dict.fromkeys(("accuracy", "+- s.e.", "difference", "its s.e."), "")
     if correct is not None:
         accuracy = correct.double().mean().item()
         error = standard_error(accuracy, len(correct))
         row |= {"accuracy": round(accuracy, 4), "+- s.e.": round(error, 4)}
-        if above is not None and len(above) == len(correct):
+        if above is not None:
             difference, error = paired_difference(correct, above)
             row |= {"difference": f"{difference:+.4f}", "its s.e.": f"{error:.4f}"}
     return row

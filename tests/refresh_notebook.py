@@ -65,8 +65,10 @@ def clean_outputs(outputs):
             output.execution_count = None
         if output.output_type != "stream":
             plain = output.get("data", {}).get("text/plain", "")
-            if "/tmp/" in plain:  # a link's, which its HTML has without the folder
-                del output.data["text/plain"]
+            if plain.startswith("decode "):  # a progress bar
+                continue
+            if plain:
+                output.data["text/plain"] = clean_text(plain)
             kept.append(output)
         elif kept and kept[-1].get("name") == output.name:
             kept[-1].text += output.text
@@ -79,16 +81,9 @@ def clean_outputs(outputs):
 
 
 def clean_text(text):
-    """Printed text as it looks at the end: what a progress bar has overwritten is gone."""
-    lines = []
-    for line in text.split("\n"):
-        states = [state for state in line.split("\r") if state.strip()]
-        line = states[-1] if states else ""
-        if line.startswith("decode "):
-            continue
-        line = re.sub(r"<00:00, ", ", ", line)  # nothing is left to wait for
-        lines.append(re.sub(r"/tmp/[^\s,:;]+", "this folder", line))
-    return "\n".join(lines)
+    """Text without what changes from run to run."""
+    text = re.sub(r"<00:00, ", ", ", text)  # a bar's: nothing is left to wait for
+    return re.sub(r"/tmp/[^\s,:;]+", "this folder", text)
 
 
 def main():

@@ -71,7 +71,7 @@ def test_diff_configs_prints_only_what_changes(capsys):
         ("loss_fn_type", "kd"),
         ("widths", (64, "a")),
         ("rotation", (10.0,)),
-        ("crop_scale", (-0.5, 1.0)),
+        ("crop_scale", (0.5, 1.5)),
     ],
 )
 def test_a_wrong_value_names_the_key_and_what_is_allowed(key, value):

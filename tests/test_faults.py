@@ -213,6 +213,10 @@ def other_shape(path, weights):
     torch.save({"net": weights | {"fc.bias": torch.ones(9)}}, path)
 
 
+def runs_code(path, weights):
+    torch.save(weights | {"fc.bias": print}, path)
+
+
 def not_finite(path, weights):
     torch.save(weights | {"fc.bias": torch.full((11,), float("nan"))}, path)
 
@@ -224,6 +228,7 @@ def not_finite(path, weights):
         (cut_short, "begins with.*PK.*state dict"),
         (another_net, "Missing key.*conv1.weight"),
         (other_shape, "size mismatch for fc.bias"),
+        (runs_code, "UnpicklingError"),
         (not_finite, "not finite"),
     ],
 )
@@ -501,9 +506,9 @@ def test_19_a_net_that_answers_one_class_only_is_said(food, out, capsys):
     with torch.no_grad():
         net.heads[0].bias[3] = 100.0
     run = simple_run(food, out, student=net)
-    assert h.validate_submission(run.csv, ids(5)) == 5
+    assert h.validate_submission(run.folder / h.PREDICTIONS, ids(5)) == 5
     said = capsys.readouterr().out
-    assert str(run.csv) in said
+    assert str(run.folder / h.PREDICTIONS) in said
     assert "WARNING: all in one class" in said
 
 

@@ -261,3 +261,6 @@ def test_both_editions_run_alone(editions, a_teacher, tmp_path):
     assert printed.count("guess 0.5, reached") == len(h.STAGES)
     assert "with your own student, loss_fn_kd, loss_weights, alignment" in printed
     assert (learner / "submission" / "submission_demo.csv").is_file()
+    # Of each progress bar the last state alone is on the page.
+    shown = json.dumps(outputs(learners))
+    assert shown.count("boss: ") == shown.count("boss: 100%") == 1

@@ -69,7 +69,7 @@ def run_of(tmp_path):
         correct = None if n_right is None else torch.arange(10) < n_right
         history = pd.DataFrame([{"epoch": 1, "valid_acc": 0.5}])
         run = h.Run(h.replace(h.SIMPLE, n_epochs=1), tmp_path / name, "", history, 1, correct, None)
-        h.write_text(run.csv, name)
+        h.write_text(run.folder / h.PREDICTIONS, name)
         h.write_result(run, images)
         return run
 

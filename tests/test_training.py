@@ -72,7 +72,7 @@ def test_an_epoch_of_one_step_is_torchs_own_with_clipped_gradients(kind):
     kind(reference.parameters(), **how).step()
     h.train_one_epoch(h.TrainState(loss_fn), loss_fn, train, 0)
     vectors = map(nn.utils.parameters_to_vector, (loss_fn.parameters(), reference.parameters()))
-    assert torch.allclose(*vectors, atol=1e-3)
+    assert torch.allclose(*vectors, atol=1e-2)  # unclipped, 0.07 would part them
 
 
 def test_a_step_unscales_before_it_clips(monkeypatch):
