@@ -47,6 +47,7 @@ def test_the_stages_have_their_published_values():
 def test_length_scales_the_epochs(length, simple, boss, demo):
     assert h.get_config("simple", length).n_epochs == simple
     assert h.get_config("boss", length) == h.replace(h.STAGES["boss"], n_epochs=boss)
+    assert not h.get_config("boss", length, teacher_views=5).replays  # nor are its maps stored
     # On the demo set only what a stage is about differs, so that the stages can be compared.
     configs = [h.get_config(stage, length, demo=True) for stage in h.STAGES]
     assert {(cfg.n_epochs, cfg.image_size, cfg.lr) for cfg in configs} == {(demo, 64, 4e-3)}

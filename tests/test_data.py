@@ -205,7 +205,7 @@ def renamed(name):
         (lambda picture: picture.parents[1].rename(picture.parents[2] / "moved"), 1, True),
         (lambda picture: os.utime(picture, (1, 1)), 2, True),
         (renamed("3_2.jpg"), 2, True),
-        (renamed("4_2.jpg"), 2, False),
+        (renamed("4_.jpg"), 2, False),
         (lambda picture: picture.write_bytes(picture.read_bytes() + b"0"), 2, False),
     ],
 )
