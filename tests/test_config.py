@@ -67,7 +67,6 @@ def test_diff_configs_prints_only_what_changes(capsys):
         ("image_size", 39),
         ("image_size", True),
         ("lr", float("nan")),
-        ("lr", "fast"),
         ("temperature", 0),
         ("loss_fn_type", "kd"),
         ("widths", (64, "a")),

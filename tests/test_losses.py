@@ -128,6 +128,8 @@ def test_an_own_loss_gets_fp32_and_what_it_writes_to_is_a_copy():
         return student_logits.sum() + teacher_logits.zero_().sum() + alpha * temperature
 
     loss_fn = boss(loss_fn_kd=own_loss, loss_weights=lambda *arguments: (0.5, 0.25, 0.0)).on("cpu")
-    out = loss_fn(IMAGES, LABELS)
-    assert out.teacher_logits.any()
-    assert torch.allclose(out.loss, 0.5 * (out.student_logits.float().sum() + 0.25 * 5.0))
+    for dtype in (torch.bfloat16, None):
+        loss_fn.dtype = dtype
+        out = loss_fn(IMAGES, LABELS)
+        assert out.teacher_logits.any()
+        assert torch.allclose(out.loss, 0.5 * (out.student_logits.float().sum() + 0.25 * 5.0))

@@ -207,7 +207,7 @@ def edited(name, old, new):
         ("sample_affine", "crop @ frames[-1]", "frames[-1] @ crop"),
         ("sample_affine", "wide * hflip", "wide"),
         ("soft_labels", "logits.float()", "2 * logits.float()"),
-        ("conv_bn", "BatchNorm2d(out_channels", "GroupNorm(1, out_channels"),
+        ("conv_bn", "BatchNorm2d(out_channels", "BatchNorm2d(out_channels, momentum=0.5"),
     ],
 )
 def test_an_edit_of_the_module_is_seen(facts_of, monkeypatch, name, old, new):
