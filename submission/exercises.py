@@ -640,8 +640,8 @@ class Answers:
             )
         own = self.own_for(cfg) | own
         own = {name: code for name, code in own.items() if code is not None}
-        names = ", ".join(own) or "nothing"
-        print(f"{cfg.exp_name} trains with your own {names}.")
+        names = ", ".join(own) or "none"
+        print(f"{cfg.exp_name} trains; your own code in it: {names}")
         if "student" in own:
             print(
                 "Your own net knows nothing of widths and depths, which are settings of the "
@@ -677,4 +677,4 @@ class Answers:
             print(f"{name:<14}", "right" if name in self.own else "not right yet")
         for name, (own, run) in self.runs.items():
             guess = self.guesses.get(name, "none")
-            print(f"{name:<14} guess {guess}, reached {run.valid_acc:.4f} with your own {own}")
+            print(f"{name:<14} guess {guess}, reached {run.valid_acc:.4f}; your own code: {own}")

@@ -680,7 +680,7 @@ def test_stages_train_with_the_answers_and_the_summary_says_so(
     mine.guess(cfg, 0.1)
     run = mine.run_stage(cfg, data, teacher)
     said = capsys.readouterr().out
-    assert "strong trains with your own student, loss_fn_kd." in said
+    assert "strong trains; your own code in it: student, loss_fn_kd\n" in said
     assert "knows nothing of widths and depths" in said
     assert run.n_params == 319
     assert run.folder == mine.out / "strong"
@@ -692,4 +692,4 @@ def test_stages_train_with_the_answers_and_the_summary_says_so(
     assert "loss_fn_kd     right" in said
     assert "soft_labels    not right yet" in said
     assert "strong         guess 0.1, reached 0." in said
-    assert "with your own student, loss_fn_kd\n" in said
+    assert "; your own code: student, loss_fn_kd\n" in said

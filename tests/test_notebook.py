@@ -259,7 +259,7 @@ def test_both_editions_run_alone(editions, a_teacher, tmp_path):
     printed = "".join(output.get("text", "") for output in outputs(learners))
     assert "Not yet" not in printed
     assert printed.count("guess 0.5, reached") == len(h.STAGES)
-    assert "with your own student, loss_fn_kd, loss_weights, alignment" in printed
+    assert "own code: student, loss_fn_kd, loss_weights, alignment" in printed
     assert (learner / "submission" / "submission_demo.csv").is_file()
     # Of each progress bar the last state alone is on the page.
     shown = json.dumps(outputs(learners))
