@@ -57,7 +57,7 @@ def test_a_module_called_twice_counts_twice_and_a_bare_frozen_parameter_once():
 
 def test_parameters_that_no_call_meets_count():
     net = nn.Sequential(nn.Conv2d(3, 2, 3), h.GlobalAvgPool())
-    net[1].unused = nn.Linear(100, 10)
+    net[1].unused = nn.Linear(100, 10).requires_grad_(False)
     assert h.check_budget(net) == 56 + 1010
 
 
