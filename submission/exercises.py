@@ -64,11 +64,12 @@ ADVICE = {
     "channels, but got": "Compare the layer's in_channels with the out_channels before it.",
     "running_mean should": "A batch norm wants the number of channels of the layer before it.",
     "too many values to unpack": "A batch holds more than two things: write "
-    "for images, labels, *_ in train_loader.",
-    "positional argument": "Compare its arguments with those of the empty cell.",
+    "for images, labels, *_ in train_loader. A dict's keys and values come from .items().",
+    "positional argument": "Compare its arguments, and their order, with those of the empty cell. "
+    "A class becomes a net by the () after its name.",
     "is not defined": "Run the cell that defines it, or look at the spelling.",
     "inplace": "optimizer.step() comes after backward(); write x = x / y and not x /= y.",
-    "does not require grad": "Leave out .detach(), .item() and torch.no_grad().",
+    "does not require grad": "Leave out .detach(), .item() and torch.no_grad(); freeze nothing.",
     "must be divisible by groups": "groups=in_channels belongs to the depthwise convolution.",
     "KeyError: 'layer": "The layers to align are the keys of weights.",
     "string to float": "Return h.LossWeights(kd=..., alpha=..., align=...).",
@@ -93,8 +94,10 @@ def words_for(error):
     for frame in own[-1:]:
         text += f" (in {frame.name}, line {frame.lineno} of its cell: {frame.line})"
     advice = [words for sign, words in ADVICE.items() if sign in text] or [
-        "Print what this line works with; of a tensor print its .shape. A power is written "
-        "temperature ** 2 in Python; ^ is another operator."
+        "Print what this line works with; of a tensor print its .shape (sums over classes want "
+        "keepdim=True). Are the arguments those of the empty cell, in its order? Does () stand "
+        "after each class, and is what you return a tensor where one is wanted, without numpy or "
+        "math, .item() or a comma at its end? A power is written temperature ** 2."
     ]
     return " ".join([f"{text}.", *advice])
 
@@ -143,8 +146,8 @@ def ask_soft_labels(answer):
         "softmax of logits / temperature",
         seen,
         h.soft_labels(logits, 2.0),
-        "The logits are divided by the temperature, not multiplied, and the softmax comes after "
-        "that. The order of its arguments is logits, temperature.",
+        "The logits are divided by the temperature, not multiplied and not rounded (//), and "
+        "the softmax comes after that. The order of its arguments is logits, temperature.",
     )
     yield (
         "one picture, (11,)",
@@ -184,9 +187,9 @@ KD_CASES = {
     "plain logits, without softmax, temperature or label_smoothing. Write no /=, which changes "
     "them. Are alpha and temperature swapped? Their order is that of the empty cell.",
     (1.0, 4.0): "Multiply the labels' loss by 1 - alpha, so that nothing of it is left here. "
-    "F.kl_div(log_p, q) remains, log_p of the student and q of the teacher. Look first at two nets "
-    "with equal logits, below. Where that is right, are log_p and q swapped, is the softmax not "
-    "over dim=1, or is it no softmax, or not divided by the argument temperature?",
+    "F.kl_div(log_p, q) remains, log_p of the student first and q of the teacher second. Are "
+    "log_p and q swapped, is the softmax not over dim=1, is it no softmax, or is it not "
+    "divided by the argument temperature, once? The question on two equal nets, below, tells more.",
     (0.3, 3.0): "Mend the others first. Then use both arguments, no numbers of your own.",
 }
 
@@ -216,8 +219,10 @@ def ask_loss_fn_kd(answer):
                 "The loss is alpha * temperature ** 2 * soft + (1 - alpha) * hard. A factor too "
                 "many tells the slip. 1/16, 0.06: temperature ** 2 is missing. 1/4: it is "
                 "temperature, not its square. 16: temperature ** 2 belongs to the soft loss alone. "
-                "1/11, 0.09: a mean over the 11 classes too. 6: a sum over the 6 pictures; take "
-                "reduction='batchmean'. -1: the sign is wrong. Two slips multiply.",
+                "1/11, 0.09: a mean over the 11 classes too; 6: a sum over the 6 pictures; 6/11, "
+                "0.55: over the classes in place of the pictures. Write reduction='batchmean', by "
+                "its name. 0: no gradient comes from it: .item(), .detach(), or not the student's "
+                "logits. -1: the sign is wrong. Two slips multiply.",
             )
     yield (
         "no gradient at alpha = 1 where both nets have equal logits",
@@ -248,11 +253,13 @@ def ask_loss_fn_kd(answer):
 WATCHED = {
     "(epoch given to set_epoch, steps before it)": "Begin each of range(cfg.n_epochs) with "
     "train_loader.set_epoch(epoch); call optimizer.step() for each batch; return after the loops.",
-    "the student that is handed in is in training mode": "Call student.train() in each epoch.",
+    "the student that is handed in is in training mode": "Call student.train() in each epoch, and "
+    "train this student, no new one.",
     "the size of the gradient at step(), where 1.0 is that of one clipped batch": "For each batch: "
     "F.cross_entropy(logits, labels) of the plain logits, with its reduction at the mean; "
     "optimizer.zero_grad(); loss.backward(); nn.utils.clip_grad_norm_ with cfg.grad_norm_max; then "
-    "optimizer.step(). Where only the first number is right, zero_grad() is missing.",
+    "optimizer.step(), each with its (). Where only the first number is right, zero_grad() is "
+    "missing; 0.0: no backward() of this student's loss came before.",
     "the optimizer": "Make a torch.optim.Adam.",
     "the optimizer's lr": "Hand it cfg.lr.",
     "the optimizer's weight_decay": "Hand it cfg.weight_decay.",
@@ -373,8 +380,9 @@ def ask_dwpw_conv(answer):
             f"what it computes where all parameters are 0.5: {case}",
             output,
             wanted,
-            "Mend the others first. nn.LeakyReLU(0.01) follows each batch norm, and nothing else: "
-            "no ReLU, no dropout, no shortcut.",
+            "Mend the others first. nn.LeakyReLU(0.01) follows each batch norm, which follows each "
+            "convolution, and nothing else: no ReLU, no dropout, no pooling, no shortcut. The "
+            "stride is the first convolution's.",
         )
 
 
@@ -408,17 +416,24 @@ def ask_alignment(answer):
         "one layer with maps of one size",
         gradient(one, ours),
         gradient(aligned(h.alignment, ours, theirs), ours),
-        "F.smooth_l1_loss(ours, theirs), its mean over the map, times 1. Nothing is detached.",
+        "F.smooth_l1_loss(ours, theirs), its mean over the map, times 1, is added. Nothing is "
+        "detached; maps of one size are not pooled (the sizes are shape[2] and shape[3]).",
     )
     yield (
         "a layer with weight 3 counts three times",
         aligned(answer, ours, theirs, {"layer1": 3.0}),
         3 * one,
-        "Multiply by the weight.",
+        "Multiply by the weight, and divide by nothing.",
     )
     other = aligned(answer, ours, theirs, {"layer3": 1.0})
     both = aligned(answer, ours, theirs, {"layer1": 1.0, "layer3": 1.0})
-    yield "two layers add up", both, one + other, "Start at 0, add in the loop, return after it."
+    yield (
+        "two layers add up",
+        both,
+        one + other,
+        "Start at 0, add in the loop, return after it, divided by nothing. Take each map by its "
+        "layer's name: the dicts may have another order.",
+    )
     pool = nn.AdaptiveAvgPool2d(2)
     small = aligned(answer, pool(ours), pool(theirs))
     yield "a larger map of the teacher", attempt(aligned, answer, pool(ours), theirs), small, DOWN
@@ -438,7 +453,11 @@ def ask_loss_weights(answer):
     """Questions on loss_weights(cfg, progress)."""
     constant = h.replace(h.BOSS, loss_schedule="constant", alpha=0.3)
     for cfg, advice in (
-        (h.BOSS, "In a handover kd is 10 * progress ** 2, alpha 1 - progress ** 2 and align 1."),
+        (
+            h.BOSS,
+            "In a handover kd is 10 * progress ** 2, alpha 1 - progress ** 2 and align 1; progress "
+            "is from 0 to 1. Are these the numbers of the other case?",
+        ),
         (constant, "Without a handover kd is 1, alpha is cfg.alpha and align is 1."),
     ):
         given, wanted = (
@@ -482,7 +501,8 @@ def ask_student(answer):
         "an answer that depends on the picture alone",
         alone,
         together[:1],
-        "In evaluation mode nothing is random, and nothing depends on the other pictures.",
+        "In evaluation mode nothing is random, and nothing depends on the other pictures. Does a "
+        ".squeeze() take the first dimension away where there is one picture?",
     )
     logits = net.train()(images)
     logits.square().sum().backward()
@@ -518,7 +538,8 @@ def ask_views(answer):
             f"{name} for {transform}",
             given,
             getattr(h.BOSS, name),
-            "Write what stands in the brackets: for crop_scale two numbers (low, high), else one.",
+            "Write what stands in the brackets, as a number and not in quotes: for crop_scale two "
+            "numbers (low, high), else one.",
         )
     yield "other settings", sorted(answer.keys() - VIEWS.keys()), [], "These make no view."
 
