@@ -38,11 +38,11 @@ INTRODUCTION = """\
 2. **Write.** Put your code in place of `raise NotImplementedError`.
 3. **Check.** The next cell asks your answer one question after the other. Hints and a solution are
    below it.
-4. **Compare.** Stages train with your right answers. In place of a missing or wrong one the
-   reference trains, and the cell says so.
+4. **Compare.** Stages train with your right answers, and say which. In place of a missing or
+   wrong one the reference trains. `mine.summary()` at the end shows all.
 
-After a change run the cells from there on again. A stage whose code has changed starts anew, and
-its earlier run is put aside."""
+After a change run the cells from there on again. A stage whose code answers otherwise starts anew,
+and its earlier run is put aside."""
 
 # What the exercises edition says in place of the notebook's own words.
 SAYS = {
