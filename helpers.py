@@ -169,7 +169,7 @@ def progress_bar(iterable=None, **options):
     file = cell_line() if in_notebook() else sys.stderr
     # In a log file a line every half a minute.
     every = 1.0 if in_notebook() or file.isatty() else 30.0
-    options |= {"file": file, "mininterval": every, "ncols": 110, "ascii": False, "unit": "img"}
+    options |= {"file": file, "mininterval": every, "ncols": 110, "unit": "img"}
     return tqdm(iterable, disable=not is_first_process(), **options)
 
 
